@@ -1,0 +1,58 @@
+# Every command of this repository. Needs git, make and Python >= 3.11, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+RUNS := runs
+
+# The GPU targets install nothing: without a .venv they use the Python that has torch.
+PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+# Idle OpenMP threads sleep: where they spin, a busy machine runs the tests many times slower.
+export OMP_WAIT_POLICY := PASSIVE
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo check test bench gpu-test gpu-bench gpu
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## make .venv with everything the other targets need
+
+demo: $(INSTALLED) ## train a RevNet and its ResNet twin on handwritten digits, compare them
+	$(BIN)/python -m benchmarks.demo
+
+check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a minute
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest -m "not slow"
+
+test: check ## check, then every other test
+	$(BIN)/python -m pytest -m slow
+
+bench: $(INSTALLED) ## memory and time of training steps, as a table, a picture and JSON
+	@mkdir -p $(RUNS)/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RUNS)/bench/benchmarks.json
+	$(BIN)/python -m benchmarks.report $(RUNS)/bench/benchmarks.json
+
+gpu-test: gpu ## the tests that run on a device, on the GPU
+	$(PY) -m pytest tests --device cuda
+
+gpu-bench: gpu ## the benchmarks, on the GPU
+	@mkdir -p $(RUNS)/gpu-bench
+	$(PY) -m pytest benchmarks --device cuda --benchmark-json=$(RUNS)/gpu-bench/benchmarks.json
+	$(PY) -m benchmarks.report $(RUNS)/gpu-bench/benchmarks.json
+
+gpu:
+	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
+		{ echo "This target needs a GPU, and torch in $(PY) sees none." >&2; exit 1; }
+
+$(INSTALLED): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "revlib needs Python >= 3.11, and $(PYTHON) is not: try PYTHON=python3.12." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@

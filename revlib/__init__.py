@@ -1,0 +1,3 @@
+"""Reversible networks for PyTorch, whose activation memory does not grow with depth."""
+
+__version__ = "0.1.0"
