@@ -1,0 +1,105 @@
+"""The contract that every block of a chain meets."""
+
+from torch import Tensor, nn
+
+from revlib.replay import Evaluate, Inverse, Replay
+from revlib.streams import Form, Streams
+
+
+class InvertibleModule(nn.Module):
+    """Base class of blocks: modules whose input can be got back from their output.
+
+    A block of your own supplies `forward` and `inverse`. In a chain it is then called whole:
+    backward rebuilds its input by `inverse` and evaluates `forward` on that once more, so
+    the block is evaluated three times a step.
+
+    A block that knows a cheaper way overrides `form` and the four methods on streams:
+
+    - `forward_streams` and `inverse_streams` compute the two directions, calling every
+      sub-network through `evaluate`;
+    - `backward_streams` and `inverse_backward_streams` are given the *outputs* of the
+      direction and their gradients, and return its inputs and their gradients, evaluating
+      each sub-network once through `evaluate.vjp`.
+
+    :class:`revlib.AdditiveCoupling` is the example to read.
+
+    Attributes:
+        form: The form in which the block takes its stream: "whole" for one tensor, or the
+            dimension along which it wants it split in two.
+        cheap_inverse: Whether inverting costs about as much as the forward direction. A
+            chain stores a block that says False, and refuses to rebuild it.
+
+    Example:
+        >>> class Flip(revlib.InvertibleModule):
+        ...     def forward(self, x):
+        ...         return x.flip(1)
+        ...
+        ...     def inverse(self, y):
+        ...         return y.flip(1)
+        >>> chain = revlib.ReversibleSequential(Flip(), Flip())
+        >>> x = torch.randn(2, 6)
+        >>> torch.equal(chain.inverse(chain(x)), x)
+        True
+    """
+
+    form: Form = "whole"
+    cheap_inverse: bool = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the output for the input `x`."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the input whose output is `y`."""
+        raise NotImplementedError(f"{type(self).__name__} must define inverse")
+
+    def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        """Runs the forward direction on streams in the block's own form."""
+        return (evaluate(self, *streams),)
+
+    def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        """Runs the inverse direction on streams in the block's own form."""
+        return (evaluate(Inverse(self), *streams),)
+
+    def backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        """Steps back through the forward direction.
+
+        Args:
+            outputs: What `forward_streams` returned.
+            gradients: The gradients of `outputs`.
+            evaluate: Evaluates sub-networks as the first time, and collects the gradients
+                of parameters and context.
+
+        Returns:
+            What `forward_streams` was given, and its gradients.
+        """
+        return _step_back(self, outputs, gradients, evaluate)
+
+    def inverse_backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        """Steps back through the inverse direction, like `backward_streams`."""
+        return _step_back(Inverse(self), outputs, gradients, evaluate)
+
+
+def _step_back(
+    module: nn.Module, outputs: Streams, gradients: Streams, evaluate: Replay
+) -> tuple[Streams, Streams]:
+    """Rebuilds the input of a block that was called whole, then evaluates it there."""
+    (y,) = outputs
+    x = evaluate.invert(module, y)
+    again, pullback = evaluate.vjp(module, x)
+    # The second output is at hand anyway, so a wrong inverse need not go unnoticed. Drift
+    # stays far below a twentieth; a wrong inverse or another dropout mask does not.
+    error, size = (again - y).abs().max(), y.abs().max()
+    if not error <= 0.05 * size:
+        raise RuntimeError(
+            f"{evaluate.label}: inverse does not undo forward: evaluating the block again on "
+            f"the rebuilt input changes its output by {error:.2e}, where the output is at most "
+            f"{size:.2e}; check the block with revlib.testing.check_inverse, or give it "
+            "policy='recompute'"
+        )
+    del again
+    return (x,), (pullback(gradients[0]),)

@@ -1,0 +1,384 @@
+"""What makes the second evaluation of a sub-network equal the first.
+
+Backward evaluates every sub-network once more. That evaluation draws the same random
+numbers, runs under the same autocast and train/eval modes, and sees the parameters and
+buffers that the first one saw. It leaves no trace: the module's own buffers and the global
+RNG state stay as the forward pass left them.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from revlib import graph
+from revlib.streams import Streams
+
+# In training these update their running statistics but normalise by the batch's own: a
+# second evaluation needs scratch buffers to write to, and no earlier values to read.
+_WRITE_STATISTICS_ONLY = {_BatchNorm.forward, _InstanceNorm.forward, SyncBatchNorm.forward}
+
+
+class Inverse(nn.Module):
+    """Stands for a block called the other way round: calling it calls `block.inverse`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, y: Tensor, *context: Tensor) -> Tensor:
+        return self.block.inverse(y, *context)
+
+    def inverse(self, x: Tensor, *context: Tensor) -> Tensor:
+        return self.block(x, *context)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Inverse) and other.block is self.block
+
+    def __hash__(self) -> int:
+        return hash((Inverse, self.block))
+
+
+class Evaluate:
+    """Evaluates sub-networks for a block: `evaluate(module, x)` is `module(x)`.
+
+    Blocks call their sub-networks through this object and in no other way, so that a chain
+    can record an evaluation and replay it. Where the chain was given a `context`, every
+    sub-network receives it as its last argument.
+
+    Args:
+        context: The conditioning input, or None.
+        label: What errors call the block.
+    """
+
+    def __init__(self, context: Tensor | None = None, label: str = "block") -> None:
+        self.context = context
+        self.label = label
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        version = None if x.is_inference() else x._version
+        value = self._call(module, (x,) if self.context is None else (x, self.context))
+        if version is not None and x._version != version:
+            raise RuntimeError(
+                f"{self.label}: {type(module).__name__} changed its input in place, but that "
+                "input is a stream of the block and still needed; make the first operation of "
+                "the sub-network out of place (inplace=False)"
+            )
+        return value
+
+    def _call(self, module: nn.Module, args: Streams) -> Tensor:
+        return module(*args)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one evaluation of one sub-network used; kept until backward replays it.
+
+    Attributes:
+        module: The sub-network.
+        modes: `training` of the module and each of its descendants.
+        parameters: The parameters it was evaluated with, by name.
+        constants: The buffers that it left as they were, by name.
+        priors: The values before the evaluation of the buffers that it changed, by name.
+        scratch: The names of the buffers that it wrote without reading them.
+        rng: The RNG states it started from, or None where it drew nothing.
+    """
+
+    module: nn.Module
+    modes: list[bool]
+    parameters: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    priors: dict[str, Tensor]
+    scratch: set[str]
+    rng: Streams | None
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of replay state: RNG states and prior values of buffers."""
+        return sum(state.nbytes for state in (*self.priors.values(), *(self.rng or ())))
+
+
+class Record(Evaluate):
+    """Evaluates sub-networks for the first time and notes what a replay needs."""
+
+    def __init__(self, context: Tensor | None, label: str) -> None:
+        super().__init__(context, label)
+        self.evaluations: list[Evaluation] = []
+
+    def _call(self, module: nn.Module, args: Streams) -> Tensor:
+        device = args[0].device
+        rng = _rng_states(device)
+        modes = [part.training for part in module.modules()]
+        parameters = dict(module.named_parameters())
+        scratch = _write_only_buffers(module)
+        before = {
+            name: (buffer, buffer._version, buffer.clone())
+            for name, buffer in module.named_buffers()
+            if name not in scratch
+        }
+
+        value = super()._call(module, args)
+
+        after = dict(module.named_buffers())
+        constants, priors = {}, {}
+        for name, (buffer, version, prior) in before.items():
+            if after.get(name) is buffer and buffer._version == version:
+                constants[name] = buffer
+            else:
+                priors[name] = prior
+        drew = not all(map(torch.equal, rng, _rng_states(device)))
+        self.evaluations.append(
+            Evaluation(
+                module, modes, parameters, constants, priors, scratch, rng if drew else None
+            )
+        )
+        return value
+
+
+class Replay(Evaluate):
+    """Evaluates sub-networks for the second time, just as they were evaluated the first time.
+
+    Args:
+        evaluations: What the first time recorded, in its order.
+        parameters: The block's parameters; `gradients` is aligned with them.
+        context: The conditioning input, or None.
+        label: What errors call the block.
+        autocast: The autocast state of the first time.
+        in_order: Whether the sub-networks will be called in the order of the first time
+            (recompute) or backwards (rebuild).
+
+    Attributes:
+        gradients: The parameters' gradients collected so far.
+        context_gradient: The context's gradient collected so far.
+    """
+
+    def __init__(
+        self,
+        evaluations: list[Evaluation],
+        parameters: Streams,
+        context: Tensor | None,
+        label: str,
+        autocast: "Autocast",
+        *,
+        in_order: bool,
+    ) -> None:
+        super().__init__(None if context is None else _leaf(context), label)
+        self.gradients: list[Tensor | None] = [None] * len(parameters)
+        self.context_gradient: Tensor | None = None
+        # Parameters and the leaves that stand for them, to their place in `gradients`.
+        self._places = {parameter: place for place, parameter in enumerate(parameters)}
+        self._autocast = autocast
+        self._pending: dict[nn.Module, list[Evaluation]] = defaultdict(list)
+        for evaluation in reversed(evaluations) if in_order else evaluations:
+            self._pending[evaluation.module].append(evaluation)
+
+    def vjp(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Evaluates `module` at `x` once, for its value and its gradients alike.
+
+        Args:
+            module: The sub-network.
+            x: Where to evaluate it.
+
+        Returns:
+            The value; and a function from the value's gradient to the gradient of `x`, which
+            also collects the gradients of the parameters and of the context. Drop the value
+            before calling it, and the peak is one tensor lower.
+        """
+        (value,), pullback = self.vjp_streams(lambda x, _: (self(module, *x),), (x,))
+        return value, lambda gradient: pullback((gradient,))[0]
+
+    def vjp_streams(
+        self, function: Callable[[Streams, Evaluate], Streams], streams: Streams
+    ) -> tuple[Streams, Callable[[Streams], Streams]]:
+        """Like `vjp`, for a function of streams that calls any number of sub-networks."""
+        streams = tuple(_leaf(x).requires_grad_() for x in streams)
+        first = graph.sequence_number()
+        with torch.enable_grad():
+            values = function(streams, self)
+        born = range(first, graph.sequence_number())
+        # Edges stand for the values in the gradient pass and keep none of their memory.
+        edges = [get_gradient_edge(v) if v.requires_grad else None for v in values]
+        dtypes = [v.dtype for v in values]
+
+        def pullback(gradients: Streams) -> Streams:
+            live = [i for i, edge in enumerate(edges) if edge is not None]
+            leaves = self._reached_leaves([edges[i].node for i in live], born, streams)
+            found = dict.fromkeys((*streams, *leaves))
+            if live:
+                results = torch.autograd.grad(
+                    [edges[i] for i in live],
+                    list(found),
+                    [gradients[i].to(dtypes[i]) for i in live],
+                    allow_unused=True,
+                )
+                found.update(zip(found, results, strict=True))
+            for leaf in leaves:
+                self._collect(leaf, found[leaf])
+            return tuple(torch.zeros_like(x) if found[x] is None else found[x] for x in streams)
+
+        return tuple(v.detach() for v in values), pullback
+
+    def invert(self, module: nn.Module, y: Tensor) -> Tensor:
+        """Returns the input of a block that was evaluated whole, by its own `inverse`."""
+        evaluation = self._pending[module][-1]
+        with torch.no_grad():
+            return self._replay(evaluation, Inverse(module), (y,), prefix="block.")
+
+    def _call(self, module: nn.Module, args: Streams) -> Tensor:
+        return self._replay(self._pending[module].pop(), module, args)
+
+    def _replay(
+        self, evaluation: Evaluation, module: nn.Module, args: Streams, prefix: str = ""
+    ) -> Tensor:
+        substitutes = self._substitutes(evaluation)
+        with ExitStack() as stack:
+            stack.enter_context(_modes_set(evaluation.module, evaluation.modes))
+            stack.enter_context(_rng_set(args[0].device, evaluation.rng))
+            stack.enter_context(self._autocast.restored())
+            if not substitutes:
+                return module(*args)
+            tensors = {prefix + name: tensor for name, tensor in substitutes.items()}
+            return functional_call(module, tensors, args)
+
+    def _substitutes(self, evaluation: Evaluation) -> dict[str, Tensor]:
+        """Returns what the module must see in place of the tensors it holds now, by name."""
+        own = dict(evaluation.module.named_parameters())
+        own.update(evaluation.module.named_buffers())
+        seen = {name: own[name].clone() for name in evaluation.scratch}
+        seen.update((name, prior.clone()) for name, prior in evaluation.priors.items())
+        seen.update(
+            (name, constant)
+            for name, constant in evaluation.constants.items()
+            if own.get(name) is not constant
+        )
+        for name, parameter in evaluation.parameters.items():
+            # A hook on the parameter would run in our gradient pass and once more when the
+            # gradient we return reaches the parameter.
+            if own.get(name) is parameter and parameter.is_leaf and not parameter._backward_hooks:
+                continue
+            seen[name] = _leaf(parameter)
+            if parameter in self._places:
+                self._places[seen[name]] = self._places[parameter]
+        return seen
+
+    def _reached_leaves(self, roots: list[Node], born: range, streams: Streams) -> list[Tensor]:
+        leaves, older = graph.reached(roots, born)
+        known = {*streams, *self._places, self.context}
+        strangers = [leaf for leaf in leaves if leaf not in known]
+        if strangers or older:
+            what = f"of shape {tuple(strangers[0].shape)}" if strangers else older[0].name()
+            raise RuntimeError(
+                f"{self.label}: a sub-network captured a tensor that requires grad ({what}) and "
+                "is neither a parameter of the block, nor its stream, nor the context, so its "
+                "gradient would be lost; make it a parameter of the block, pass it as context, "
+                "detach it, or give the block policy='store'"
+            )
+        return leaves
+
+    def _collect(self, leaf: Tensor, gradient: Tensor | None) -> None:
+        if leaf is self.context:
+            self.context_gradient = _sum(self.context_gradient, gradient)
+        elif leaf in self._places:
+            place = self._places[leaf]
+            self.gradients[place] = _sum(self.gradients[place], gradient)
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state that both evaluations run under."""
+
+    states: tuple[tuple[str, torch.dtype, bool], ...]
+    cache_enabled: bool
+
+    @classmethod
+    def current(cls, device: torch.device) -> "Autocast":
+        """Returns the state in force for the CPU and for `device`."""
+        return cls(
+            tuple(
+                (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+                for kind in sorted({"cpu", device.type})
+                if torch.amp.is_autocast_available(kind)
+            ),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Puts the state in force for a second evaluation."""
+        # The cache holds low-precision copies of weights. Copies made under other grad
+        # modes or in other graphs must neither reach this evaluation nor leave it.
+        torch.clear_autocast_cache()
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self.states:
+                stack.enter_context(
+                    torch.autocast(kind, dtype, enabled, cache_enabled=self.cache_enabled)
+                )
+            yield
+        torch.clear_autocast_cache()
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    return term if total is None else total if term is None else total + term
+
+
+def _write_only_buffers(module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if part.training and type(part).forward in _WRITE_STATISTICS_ONLY
+        for name, _ in part.named_buffers(recurse=False)
+    }
+
+
+@contextmanager
+def _modes_set(module: nn.Module, modes: list[bool]) -> Iterator[None]:
+    parts = list(module.modules())
+    now = [part.training for part in parts]
+    for part, mode in zip(parts, modes, strict=True):
+        part.training = mode
+    try:
+        yield
+    finally:
+        for part, mode in zip(parts, now, strict=True):
+            part.training = mode
+
+
+def _rng_states(device: torch.device) -> Streams:
+    states = (torch.get_rng_state(),)
+    if device.type == "mps":
+        states += (torch.mps.get_rng_state(),)
+    elif device.type not in ("cpu", "meta"):
+        states += (torch.get_device_module(device).get_rng_state(device),)
+    return states
+
+
+def _set_rng_states(device: torch.device, states: Streams) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "mps":
+        torch.mps.set_rng_state(states[1])
+    elif len(states) > 1:
+        torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+@contextmanager
+def _rng_set(device: torch.device, states: Streams | None) -> Iterator[None]:
+    if states is None:
+        yield
+        return
+    now = _rng_states(device)
+    _set_rng_states(device, states)
+    try:
+        yield
+    finally:
+        _set_rng_states(device, now)

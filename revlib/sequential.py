@@ -1,0 +1,178 @@
+"""The chain: blocks run as one unit whose activation memory does not grow with depth."""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Self, get_args
+
+from torch import Tensor, nn
+
+from revlib.autograd import Leg, Policy, has_hooks, make_leg, run_chain
+from revlib.invertible import InvertibleModule
+from revlib.streams import Stream
+
+
+class ReversibleSequential(nn.Sequential, InvertibleModule):
+    """Runs invertible blocks one after the other, keeping only the last one's output.
+
+    A drop-in for `nn.Sequential`: same values, same gradients, same state-dict keys. Backward
+    rebuilds every activation from the output by inverting the blocks, so the activation
+    memory of a training step is that of one block, whatever the depth. The price is one more
+    evaluation of each sub-network, about a third of the step's time.
+
+    Args:
+        *blocks: The blocks, or one `OrderedDict` of named blocks. See
+            :class:`revlib.InvertibleModule` for writing your own.
+        policy: How backward gets a block's activations back, for all blocks or as a list
+            with one entry per block. "rebuild" inverts the block and keeps nothing. "store"
+            keeps all its activations, as plain autograd does. "recompute" keeps the block's
+            input and runs it forward again. The last two also take any other module, and a
+            recomputed block's exact input stops rounding errors from adding up beyond it.
+
+    Shape:
+        The stream is one floating tensor, or a pair of them for blocks that work on pairs;
+        the output has the same form. An optional `context` reaches every sub-network and
+        receives gradients. `chain.inverse` saves memory just as `chain` does.
+
+    Attributes:
+        replay_state_bytes: The bytes that the latest forward pass kept besides activations:
+            RNG states of sub-networks that drew random numbers, and earlier values of buffers.
+
+    Example:
+        >>> block = lambda: revlib.AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> chain = revlib.ReversibleSequential(block(), block(), block())
+        >>> y = chain(torch.randn(2, 8))
+        >>> y.sum().backward()
+        >>> chain[1:]
+        ReversibleSequential(
+          policy=rebuild
+          (0): AdditiveCoupling(
+        ...
+    """
+
+    def __init__(self, *blocks: nn.Module, policy: Policy | Sequence[Policy] = "rebuild") -> None:
+        super().__init__(*blocks)
+        self.policy = policy if isinstance(policy, str) else list(policy)
+        self.replay_state_bytes = 0
+        self.policies()
+
+    def forward(self, x: Stream, context: Tensor | None = None) -> Stream:
+        """Runs the blocks first to last."""
+        return self._run(self._legs(), x, context)
+
+    def inverse(self, y: Stream, context: Tensor | None = None) -> Stream:
+        """Runs the blocks' inverses last to first."""
+        legs = self._legs(inverse=True)
+        for leg in legs:
+            if not isinstance(leg.block, InvertibleModule):
+                raise TypeError(f"inverse needs every block to have one; {leg.label} has none")
+        return self._run(legs[::-1], y, context)
+
+    def policies(self) -> list[Policy]:
+        """Returns the policy in force for each block.
+
+        Raises:
+            ValueError: If `policy` has an unknown entry, or not one entry per block.
+            TypeError: If a block is to be rebuilt that has no inverse.
+        """
+        named = self.policy if isinstance(self.policy, list) else [self.policy] * len(self)
+        if len(named) != len(self):
+            raise ValueError(
+                f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
+            )
+        resolved = []
+        for (name, block), policy in zip(self._modules.items(), named, strict=True):
+            label = f"block {name} ({type(block).__name__})"
+            if policy not in get_args(Policy):
+                raise ValueError(
+                    f"policy must be one of {', '.join(map(repr, get_args(Policy)))}; "
+                    f"got {policy!r} for {label}"
+                )
+            if policy == "rebuild" and not isinstance(block, InvertibleModule):
+                raise TypeError(
+                    f"{label} has no inverse to rebuild by; derive it from "
+                    "revlib.InvertibleModule, or give it policy 'store' or 'recompute'"
+                )
+            if policy == "rebuild" and not block.cheap_inverse:
+                if self.policy is named:
+                    raise ValueError(
+                        f"{label} has no cheap inverse to rebuild by; give it policy 'store' "
+                        "or 'recompute'"
+                    )
+                policy = "store"
+            resolved.append(policy)
+        return resolved
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        if not isinstance(idx, slice):
+            return super().__getitem__(idx)
+        policy = self.policy[idx] if isinstance(self.policy, list) else self.policy
+        return type(self)(OrderedDict(list(self._modules.items())[idx]), policy=policy)
+
+    def __delitem__(self, idx: int | slice) -> None:
+        super().__delitem__(idx)
+        if isinstance(self.policy, list):
+            del self.policy[idx]
+
+    def append(self, module: nn.Module, policy: Policy | None = None) -> Self:
+        """Adds a block at the end, under `policy` or the chain's own."""
+        return self.insert(len(self), module, policy)
+
+    def insert(self, index: int, module: nn.Module, policy: Policy | None = None) -> Self:
+        """Adds a block before the one at `index`, under `policy` or the chain's own."""
+        if policy is not None and not isinstance(self.policy, list):
+            self.policy = [self.policy] * len(self)
+        if isinstance(self.policy, list):
+            self.policy.insert(index, policy or "rebuild")
+        super().insert(index, module)
+        self.policies()
+        return self
+
+    def __add__(self, other: nn.Sequential) -> Self:
+        return self[:].extend(other)
+
+    def __iadd__(self, other: nn.Sequential) -> Self:
+        return self.extend(other)
+
+    def __mul__(self, other: int) -> Self:
+        return self[:].__imul__(other)
+
+    def __imul__(self, other: int) -> Self:
+        super().__imul__(other)
+        if isinstance(self.policy, list):
+            self.policy = self.policy * other
+        return self
+
+    def extra_repr(self) -> str:
+        policy = self.policy if isinstance(self.policy, str) else ", ".join(self.policy)
+        return f"policy={policy}"
+
+    def _run(self, legs: list[Leg], x: Stream, context: Tensor | None) -> Stream:
+        self._refuse_sharded_blocks()
+        y, self.replay_state_bytes = run_chain(legs, x, context)
+        return y
+
+    def _legs(self, prefix: str = "", *, inverse: bool = False) -> list[Leg]:
+        """Returns the chain's legs first to last; a chain among the blocks runs as its own."""
+        legs = []
+        for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
+            if (
+                policy == "rebuild"
+                and type(block) is ReversibleSequential
+                and not has_hooks(block)
+            ):
+                legs += block._legs(f"{prefix}{name}.", inverse=inverse)
+            else:
+                legs.append(make_leg(block, prefix + name, policy, inverse=inverse))
+        return legs
+
+    def _refuse_sharded_blocks(self) -> None:
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded if not imported
+        if fsdp is None:
+            return
+        for name, module in self.named_modules():
+            if module is not self and isinstance(module, fsdp.FSDPModule):
+                raise RuntimeError(
+                    f"module {name} inside a ReversibleSequential is sharded by fully_shard, "
+                    "which would leave its gradients None; apply fully_shard to the whole chain"
+                )

@@ -1,0 +1,83 @@
+"""The forms a stream takes between blocks, and the one place that splits and merges.
+
+A stream is one tensor or a pair. Couplings work on pairs, so consecutive couplings hand
+the pair on as it is; only where the form changes is anything split or concatenated.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Stream = Tensor | tuple[Tensor, Tensor]  # as the caller gives and gets it
+Streams = tuple[Tensor, ...]  # as blocks work on it: one tensor or two
+
+# "whole": one tensor. An int: the pair got by splitting that dimension in two. "pair": two
+# tensors that the caller brought, which nothing concatenates.
+Form = int | Literal["whole", "pair"]
+
+
+def enter(x: Stream) -> tuple[Streams, Form]:
+    """Checks a stream that comes from the caller, and tells the form it came in."""
+    streams = (x,) if isinstance(x, Tensor) else x
+    if not isinstance(streams, tuple) or not all(isinstance(s, Tensor) for s in streams):
+        raise TypeError(f"x must be a tensor or a pair of tensors; got {type(x).__name__}")
+    if not 1 <= len(streams) <= 2:
+        raise ValueError(f"x must be one tensor or a pair; got {len(streams)} tensors")
+    for stream in streams:
+        if not (stream.is_floating_point() or stream.is_complex()):
+            raise TypeError(f"x must be floating point or complex; got {stream.dtype}")
+    return streams, "whole" if len(streams) == 1 else "pair"
+
+
+def leave(streams: Streams) -> Stream:
+    """Gives a stream back to the caller: as a tensor, or as a pair."""
+    return streams[0] if len(streams) == 1 else streams
+
+
+def form_within(form: Form, entry: Form) -> Form:
+    """Returns the form in which a block that wants `form` takes a stream that came as `entry`."""
+    if entry != "pair":
+        return form
+    if form == "whole":
+        raise ValueError("a block that works on one tensor was given a pair of streams")
+    return "pair"
+
+
+def convert(streams: Streams, old: Form, new: Form) -> Streams:
+    """Brings `streams` from the form `old` to the form `new`.
+
+    This only moves values, so swapping the forms undoes it, for gradients as well.
+    """
+    if old == new:
+        return streams
+    x = streams[0] if old == "whole" else torch.cat(streams, old)
+    return (x,) if new == "whole" else split(x, new)
+
+
+def split(x: Tensor, dim: int) -> Streams:
+    """Splits `x` in two along `dim`; of an odd size the first half gets the larger part."""
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] < 2:
+        raise ValueError(
+            f"split_dim={dim} must name a dimension of size 2 or more; "
+            f"got input of shape {tuple(x.shape)}"
+        )
+    return x.chunk(2, dim)
+
+
+def settle(streams: Streams) -> Streams:
+    """Gives every stream a dense layout, keeping channels_last where the caller chose it.
+
+    A kernel may round differently on a strided half and on its dense copy, so both
+    evaluations of a sub-network must see the same layout.
+    """
+    return tuple(x.contiguous(memory_format=memory_format(x)) for x in streams)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Returns the memory format in which `x`, or the tensor it is a half of, is laid out."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if channels_last is None or x.is_contiguous() or x.stride(1) != 1:
+        return torch.contiguous_format
+    # With one position per channel the strides of the two formats mean the same layout.
+    return channels_last if x.shape[2:].numel() > 1 else torch.contiguous_format
