@@ -51,7 +51,7 @@ gpu:
 
 $(INSTALLED): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo "revlib needs Python >= 3.11, and $(PYTHON) is not: try PYTHON=python3.12." >&2; exit 1; }
+		{ echo "revlib needs Python >= 3.11, and $(PYTHON) is not: try make install PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
