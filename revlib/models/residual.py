@@ -1,0 +1,85 @@
+"""What ResNet and RevNet are both made of: residual functions, shortcuts, stem and head."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def residual_function(
+    c_in: int, c_out: int, *, stride: int = 1, bottleneck: bool = False, dropout: float = 0.0
+) -> nn.Sequential:
+    """Builds a pre-activation residual function.
+
+    Args:
+        c_in: The channels of its input.
+        c_out: The channels of its output.
+        stride: The stride of its first 3×3 convolution.
+        bottleneck: Whether it is 1×1, 3×3, 1×1 with a quarter of `c_out` between, instead of
+            two 3×3 convolutions.
+        dropout: The probability of dropout before the last convolution.
+
+    Returns:
+        Batch norm, ReLU and convolution, two times or three.
+
+    References:
+        Identity Mappings in Deep Residual Networks (He et al., 2016),
+        https://arxiv.org/abs/1603.05027
+    """
+    if bottleneck:
+        c = c_out // 4
+        shapes = [(c_in, c, 1, 1), (c, c, 3, stride), (c, c_out, 1, 1)]
+    else:
+        shapes = [(c_in, c_out, 3, stride), (c_out, c_out, 3, 1)]
+    layers = []
+    for i, (c_from, c_to, kernel, step) in enumerate(shapes):
+        layers += [nn.BatchNorm2d(c_from), nn.ReLU(inplace=True)]
+        if dropout > 0 and i == len(shapes) - 1:
+            layers.append(nn.Dropout(dropout))
+        layers.append(
+            nn.Conv2d(c_from, c_to, kernel, stride=step, padding=kernel // 2, bias=False)
+        )
+    return nn.Sequential(*layers)
+
+
+class Shortcut(nn.Module):
+    """Brings the identity path to a coarser grid and more channels, without parameters.
+
+    Averages over `stride` × `stride` squares and appends channels of zeros.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = c_out - c_in
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride)
+        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
+
+    def extra_repr(self) -> str:
+        return f"new_channels={self.new_channels}, stride={self.stride}"
+
+
+def stem(in_channels: int, channels: int) -> nn.Conv2d:
+    """Builds the first convolution."""
+    return nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+
+
+def head(channels: int, num_classes: int) -> nn.Sequential:
+    """Builds what follows the last block: norm, ReLU, average pooling and the classifier."""
+    return nn.Sequential(
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, num_classes),
+    )
+
+
+@torch.no_grad()
+def initialize(model: nn.Module) -> None:
+    """Draws convolution weights as He et al. (2015) do, https://arxiv.org/abs/1502.01852."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
