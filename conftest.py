@@ -1,10 +1,14 @@
-"""What every test shares: the device, the seed, and a count of what was skipped and why."""
+"""What tests, examples and benchmarks share: the device, the seed, and the count of skips."""
 
 from collections import Counter
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from torch import nn
+
+import revlib
 
 # The same examples in every run, and no deadline: a busy machine must not turn a test red.
 hypothesis.settings.register_profile("revlib", derandomize=True, deadline=None)
@@ -49,3 +53,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def names_in_examples(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update(nn=nn, revlib=revlib, torch=torch)
