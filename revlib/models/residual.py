@@ -13,9 +13,9 @@ def residual_function(
     Args:
         c_in: The channels of its input.
         c_out: The channels of its output.
-        stride: The stride of its first 3×3 convolution.
-        bottleneck: Whether it is 1×1, 3×3, 1×1 with a quarter of `c_out` between, instead of
-            two 3×3 convolutions.
+        stride: The stride of its first 3x3 convolution.
+        bottleneck: Whether it is 1x1, 3x3, 1x1 with a quarter of `c_out` between, instead of
+            two 3x3 convolutions.
         dropout: The probability of dropout before the last convolution.
 
     Returns:
@@ -44,7 +44,7 @@ def residual_function(
 class Shortcut(nn.Module):
     """Brings the identity path to a coarser grid and more channels, without parameters.
 
-    Averages over `stride` × `stride` squares and appends channels of zeros.
+    Averages over squares of `stride` by `stride` and appends channels of zeros.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
