@@ -1,9 +1,16 @@
 """Reversible networks for PyTorch, whose activation memory does not grow with depth."""
 
+from revlib import models, testing
 from revlib.coupling import AdditiveCoupling
 from revlib.invertible import InvertibleModule
 from revlib.sequential import ReversibleSequential
 
-__all__ = ["AdditiveCoupling", "InvertibleModule", "ReversibleSequential"]
+__all__ = [
+    "AdditiveCoupling",
+    "InvertibleModule",
+    "ReversibleSequential",
+    "models",
+    "testing",
+]
 
 __version__ = "0.1.0"

@@ -8,7 +8,6 @@ are alive at a time, and each block's gradients are returned as soon as they are
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -31,23 +30,24 @@ class Leg:
     label: str
     policy: Policy
     form: Form
-    run: Callable[[Streams, Evaluate], Streams]
-    run_backward: Callable[[Streams, Streams, Replay], tuple[Streams, Streams]]
+    run: Callable[[nn.Module, Streams, Evaluate], Streams]
+    run_backward: Callable[[nn.Module, Streams, Streams, Replay], tuple[Streams, Streams]]
+
+    def __call__(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        return self.run(self.block, streams, evaluate)
 
 
 def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = False) -> Leg:
     """Returns the leg for a block; one that carries hooks is called whole, so they fire."""
     on_streams = isinstance(block, InvertibleModule) and not has_hooks(block)
     cls = type(block) if on_streams else InvertibleModule
-    run = cls.inverse_streams if inverse else cls.forward_streams
-    run_backward = cls.inverse_backward_streams if inverse else cls.backward_streams
     return Leg(
         block,
         f"block {name} ({type(block).__name__})",
         policy,
         block.form if on_streams else "whole",
-        MethodType(run, block),
-        MethodType(run_backward, block),
+        cls.inverse_streams if inverse else cls.forward_streams,
+        cls.inverse_backward_streams if inverse else cls.backward_streams,
     )
 
 
@@ -121,7 +121,7 @@ def _store(
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = form_within(leg.form, entry)
     streams = settle(convert(streams, form, inner))
-    return leg.run(streams, Evaluate(context, leg.label)), inner
+    return leg(streams, Evaluate(context, leg.label)), inner
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class BlockFunction(torch.autograd.Function):
     ) -> Streams:
         arriving, parameters = _cut(tensors, node.form_in)
         evaluate = Record(context, node.leg.label)
-        outputs = node.leg.run(node.enter(arriving), evaluate)
+        outputs = node.leg(node.enter(arriving), evaluate)
         outputs = convert(outputs, node.form, node.form_out)
         if torch.is_autocast_enabled(arriving[0].device.type):
             # Copies of weights that autocast cached here have no graph: later users would
@@ -215,13 +215,13 @@ class BlockFunction(torch.autograd.Function):
 
         gradients = convert(gradients, node.form_out, node.form)
         if recompute:
-            _, pullback = evaluate.vjp_streams(leg.run, node.enter(kept))
+            _, pullback = evaluate.vjp_streams(leg, node.enter(kept))
             gradients = pullback(gradients)
             if node.hands_on:
                 tape.streams = kept
         else:
             inputs, gradients = leg.run_backward(
-                node.enter_backward(kept or tape.take()), gradients, evaluate
+                leg.block, node.enter_backward(kept or tape.take()), gradients, evaluate
             )
             if node.hands_on:
                 tape.streams = convert(inputs, node.form, node.form_in)

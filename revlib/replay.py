@@ -63,9 +63,9 @@ class Evaluate:
         self.label = label
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        version = None if x.is_inference() else x._version
+        version = _version(x)
         value = self._call(module, (x,) if self.context is None else (x, self.context))
-        if version is not None and x._version != version:
+        if _version(x) != version:
             raise RuntimeError(
                 f"{self.label}: {type(module).__name__} changed its input in place, but that "
                 "input is a stream of the block and still needed; make the first operation of "
@@ -322,6 +322,11 @@ class Autocast:
                 )
             yield
         torch.clear_autocast_cache()
+
+
+def _version(x: Tensor) -> int | None:
+    """Returns what an in-place write changes, or None where writes are not counted."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -1,0 +1,187 @@
+"""The chains that the contract tests run over; a new kind of block is one new line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential
+
+
+class Rotation(InvertibleModule):
+    """A block with parameters that supplies forward and inverse alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angle = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._rotate(x, self.angle)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self._rotate(y, -self.angle)
+
+    def _rotate(self, x: Tensor, angle: Tensor) -> Tensor:
+        a, b = x.unflatten(1, (2, -1)).unbind(1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos * a - sin * b, sin * a + cos * b), 1)
+
+
+class Squeeze(InvertibleModule):
+    """A block that changes the shape: pixels to channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(x, 2)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(y, 2)
+
+
+class Drift(nn.Module):
+    """A sub-network whose value depends on a buffer that every evaluation changes."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, features)
+        self.register_buffer("phase", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.linear(x).sin() * self.phase.clone()
+        self.phase.mul_(1.5)
+        return value
+
+
+class Conditioned(nn.Module):
+    """A sub-network that takes a context."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.x = nn.Linear(features, features)
+        self.context = nn.Linear(3, features)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return (self.x(x) + self.context(context)).tanh()
+
+
+def mlp(c_in: int, c_out: int | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(c_in, 7), nn.SiLU(), nn.Linear(7, c_out or c_in))
+
+
+def conv(c_in: int, c_out: int | None = None, *, dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_in, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c_in),
+        nn.SiLU(),
+        nn.Dropout(dropout),
+        nn.Conv2d(c_in, c_out or c_in, 3, padding=1),
+    )
+
+
+def coupling(make: Callable[..., nn.Module], *sizes: int, **options: int) -> AdditiveCoupling:
+    return AdditiveCoupling(make(*sizes), make(*sizes[::-1]), **options)
+
+
+def dropping() -> AdditiveCoupling:
+    return AdditiveCoupling(conv(3, dropout=0.4), conv(3, dropout=0.4))
+
+
+def spectral() -> AdditiveCoupling:
+    return AdditiveCoupling(spectral_norm(nn.Linear(3, 3)), spectral_norm(nn.Linear(3, 3)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A chain and the shape of its input, or the shapes of a pair."""
+
+    blocks: Callable[[], list[nn.Module]]
+    shape: tuple
+    policy: str | list[str] = "rebuild"
+    context: tuple[int, ...] | None = None
+
+    @property
+    def takes_pair(self) -> bool:
+        return isinstance(self.shape[0], tuple)
+
+    def make(self, device: torch.device | str = "cpu") -> ReversibleSequential:
+        torch.manual_seed(0)
+        return ReversibleSequential(*self.blocks(), policy=self.policy).double().to(device)
+
+    def inputs(self, device: torch.device | str = "cpu") -> tuple:
+        """Returns the arguments for the chain: leaves that require grad."""
+        generator = torch.Generator().manual_seed(1)
+
+        def leaf(shape: tuple[int, ...]) -> Tensor:
+            x = torch.randn(shape, dtype=torch.double, generator=generator)
+            return x.to(device).requires_grad_()
+
+        x = tuple(map(leaf, self.shape)) if self.takes_pair else leaf(self.shape)
+        return (x,) if self.context is None else (x, leaf(self.context))
+
+
+MIXED = ["rebuild", "store", "recompute", "rebuild", "recompute", "store"]
+
+CASES = {
+    "linear": Case(lambda: [coupling(mlp, 3) for _ in range(3)], (5, 6)),
+    "conv-batchnorm": Case(lambda: [coupling(conv, 3) for _ in range(3)], (2, 6, 4, 4)),
+    "dropout": Case(lambda: [dropping() for _ in range(3)], (2, 6, 4, 4)),
+    "odd-channels": Case(lambda: [coupling(conv, 2, 3) for _ in range(3)], (2, 5, 4, 4)),
+    "split-last": Case(lambda: [coupling(mlp, 3, split_dim=-1) for _ in range(3)], (2, 4, 6)),
+    "split-batch": Case(lambda: [coupling(mlp, 4, split_dim=0) for _ in range(3)], (6, 4)),
+    "split-alternating": Case(
+        lambda: [coupling(mlp, 8 // n, split_dim=d) for d, n in ((0, 1), (2, 2), (1, 1))],
+        (4, 4, 8),
+    ),
+    "volume": Case(lambda: [AdditiveCoupling(nn.Conv3d(1, 1, 1), nn.Tanh())], (2, 2, 3, 3, 3)),
+    "pair": Case(lambda: [coupling(mlp, 2, 6) for _ in range(3)], ((5, 6), (5, 2))),
+    "spectral-norm": Case(lambda: [spectral() for _ in range(3)], (5, 6)),
+    "changing-buffer": Case(lambda: [coupling(Drift, 3) for _ in range(3)], (5, 6)),
+    "tied": Case(lambda: [coupling(mlp, 3)] * 3, (5, 6)),
+    "tied-changing-buffer": Case(lambda: [AdditiveCoupling(*[Drift(3)] * 2)] * 2, (5, 6)),
+    "context": Case(lambda: [coupling(Conditioned, 3) for _ in range(3)], (5, 6), context=(5, 3)),
+    "own-block": Case(lambda: [Rotation(), Rotation()], (5, 6)),
+    "shape-changing": Case(
+        lambda: [coupling(conv, 2), Squeeze(), coupling(conv, 8)], (2, 4, 4, 4)
+    ),
+    "nested": Case(
+        lambda: [coupling(mlp, 3), ReversibleSequential(Rotation(), coupling(mlp, 3))], (5, 6)
+    ),
+    "chain-in-sub-network": Case(
+        lambda: [AdditiveCoupling(ReversibleSequential(coupling(mlp, 2)), mlp(4))], (5, 8)
+    ),
+    "identity": Case(lambda: [AdditiveCoupling(nn.Identity(), nn.Identity())], (5, 6)),
+    "stored": Case(lambda: [dropping() for _ in range(2)], (2, 6, 4, 4), "store"),
+    "recomputed": Case(lambda: [dropping() for _ in range(3)], (2, 6, 4, 4), "recompute"),
+    "mixed": Case(lambda: [dropping() for _ in range(6)], (2, 6, 4, 4), MIXED),
+    "mixed-blocks": Case(
+        lambda: [coupling(mlp, 3), Rotation(), nn.Linear(6, 6), spectral(), nn.Tanh(), Rotation()],
+        (5, 6),
+        ["rebuild", "rebuild", "store", "rebuild", "recompute", "rebuild"],
+    ),
+}
+
+
+def over(*, without: Callable[[Case], bool] = lambda case: False) -> pytest.MarkDecorator:
+    """Runs a test over all cases but those that `without` tells."""
+    cases = {name: case for name, case in CASES.items() if not without(case)}
+    return pytest.mark.parametrize("case", cases.values(), ids=cases)
+
+
+every_case = over()
+every_invertible_case = over(without=lambda case: case is CASES["mixed-blocks"])
+# nn.Sequential passes one tensor.
+every_single_stream_case = over(without=lambda case: case.context or case.takes_pair)
+# torch's checkpoint does not itself replay buffers.
+every_checkpointable_case = over(
+    without=lambda case: any(
+        isinstance(module, Drift) or "parametrizations" in name
+        for name, module in case.make().named_modules()
+    )
+)
+every_picklable_case = over(
+    without=lambda case: any("parametrizations" in name for name in case.make().state_dict())
+)
+every_rebuilt_case = over(without=lambda case: case.make().policies()[-1] != "rebuild")
+every_trainable_case = over(without=lambda case: not list(case.make().parameters()))

@@ -1,0 +1,809 @@
+"""The engine's contract: what every chain promises, whatever its blocks and policies.
+
+Names after "unlike" are libraries that broke the promise when it was measured.
+"""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from chains import (
+    CASES,
+    Case,
+    Drift,
+    Rotation,
+    conv,
+    coupling,
+    every_case,
+    every_checkpointable_case,
+    every_invertible_case,
+    every_picklable_case,
+    every_rebuilt_case,
+    every_single_stream_case,
+    every_trainable_case,
+    mlp,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revlib import AdditiveCoupling, ReversibleSequential
+
+Gradients = dict[str, Tensor | None]
+
+
+def loss_of(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A loss whose gradient differs from element to element and depends on the output."""
+    parts = y if isinstance(y, tuple) else (y,)
+    return sum(
+        (part.sin() * torch.linspace(1, 2, part.numel()).to(part).view_as(part)).sum()
+        for part in parts
+    )
+
+
+def gradients_of(chain: ReversibleSequential, args: tuple) -> Gradients:
+    x, *context = args
+    leaves = {f"x{i}": leaf for i, leaf in enumerate(x if isinstance(x, tuple) else (x,))}
+    leaves.update(zip(["context"], context, strict=False))
+    return {name: leaf.grad for name, leaf in {**leaves, **dict(chain.named_parameters())}.items()}
+
+
+def step(chain: ReversibleSequential, args: tuple, run: Callable | None = None) -> Gradients:
+    """Runs one training step and returns the gradients of inputs and parameters, by name."""
+    torch.manual_seed(2)
+    loss_of((run or chain)(*args)).backward()
+    return gradients_of(chain, args)
+
+
+def stored_twin(chain: ReversibleSequential) -> ReversibleSequential:
+    """A copy of the chain that plain autograd runs: nn.Sequential where it can."""
+    twin = copy.deepcopy(chain)
+    for module in twin.modules():
+        if isinstance(module, ReversibleSequential):
+            module.policy = "store"
+    return twin
+
+
+def assert_same(got: Gradients, want: Gradients, rtol: float = 1e-10) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name] is None) == (want[name] is None), name
+        if want[name] is not None and want[name].numel():
+            scale = want[name].abs().max().item()
+            torch.testing.assert_close(
+                got[name], want[name], rtol=0, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@every_case
+def test_gradients_equal_the_stored_runs_in_float64(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+
+    got, want = step(chain, case.inputs(device)), step(stored, case.inputs(device))
+
+    assert_same(got, want)
+    assert any(gradient.abs().max() > 0.01 for gradient in want.values() if gradient is not None)
+
+
+@every_case
+def test_gradients_equal_the_stored_runs_in_float32_to_rounding(case, device):
+    chain = case.make(device)
+    truth = step(stored_twin(chain), case.inputs(device))
+    chain.float()
+    args = torch.utils._pytree.tree_map(
+        lambda x: x.detach().float().requires_grad_(), case.inputs(device)
+    )
+    stored_args = copy.deepcopy(args)
+
+    got, near = step(chain, args), step(stored_twin(case.make(device)).float(), stored_args)
+
+    for name, want in truth.items():
+        if want is None or name not in got:
+            continue
+        size = want.abs().max()
+        stored_error = (near[name] - want).abs().max()
+        assert (got[name] - want).abs().max() <= 4 * stored_error + 2e-6 * size, name
+
+
+@every_invertible_case
+def test_gradients_through_inverse_equal_the_stored_runs(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+    args = case.inputs(device)
+    with torch.no_grad():
+        outputs = case.make(device)(*args)
+    args = (torch.utils._pytree.tree_map(lambda y: y.clone().requires_grad_(), outputs), *args[1:])
+    stored_args = copy.deepcopy(args)
+
+    got, want = step(chain, args, chain.inverse), step(stored, stored_args, stored.inverse)
+
+    assert_same(got, want)
+
+
+@every_single_stream_case
+def test_values_equal_nn_sequentials(case, device):
+    chain = case.make(device)
+    plain = nn.Sequential(*copy.deepcopy(chain))
+
+    torch.manual_seed(3)
+    got = chain(*case.inputs(device))
+    torch.manual_seed(3)
+    want = plain(*case.inputs(device))
+
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@every_trainable_case
+def test_first_layer_trains_unlike_revtorch_and_reformer_and_invertible_nn(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+    detach = lambda args: torch.utils._pytree.tree_map(Tensor.detach, args)  # noqa: E731
+
+    got = step(chain, detach(case.inputs(device)))
+    want = step(stored, detach(case.inputs(device)))
+
+    assert_same(got, want)
+
+
+@every_trainable_case
+def test_autograd_grad_works_unlike_all_peers(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+    got, want = [], []
+    for model, gradients in ((chain, got), (stored, want)):
+        args = case.inputs(device)
+        torch.manual_seed(2)
+        loss = loss_of(model(*args))
+        gradients += torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) or ()
+
+    assert len(got) == len(list(chain.parameters()))
+    assert_same(dict(enumerate(got)), dict(enumerate(want)))
+    assert all(p.grad is None for p in chain.parameters())
+
+
+def test_autograd_grad_of_a_subset_evaluates_only_the_blocks_behind_it(device):
+    chain = CASES["linear"].make(device)
+    calls = []
+    for i, block in enumerate(chain):
+        block.f.register_forward_hook(lambda *_, i=i: calls.append(i))
+    want = step(stored_twin(CASES["linear"].make(device)), CASES["linear"].inputs(device))
+    loss = loss_of(chain(*CASES["linear"].inputs(device)))
+    calls.clear()
+
+    (got,) = torch.autograd.grad(loss, [chain[1].f[0].weight])
+
+    assert_same({"w": got}, {"w": want["1.f.0.weight"]})
+    assert calls == [2, 1]
+
+
+@every_case
+def test_buffers_are_updated_once_per_step_unlike_all_peers_and_checkpoint(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+
+    for model in (chain, stored):
+        for _ in range(2):
+            step(model, case.inputs(device))
+
+    assert_same(dict(chain.named_buffers()), dict(stored.named_buffers()), rtol=1e-12)
+
+
+def test_eval_batchnorm_changed_before_backward_raises_as_in_a_stored_run(device):
+    chain = CASES["conv-batchnorm"].make(device).eval()
+    loss = loss_of(chain(*CASES["conv-batchnorm"].inputs(device)))
+    chain[1].f[1].running_mean.add_(1)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["dropout", "mixed", "changing-buffer", "spectral-norm"])
+def test_two_forwards_before_one_backward_replay_each_ones_own_draws(name, device):
+    case = CASES[name]
+    chain, stored = case.make(device), stored_twin(case.make(device))
+    results = []
+    for model in (chain, stored):
+        first, second = case.inputs(device), case.inputs(device)
+        torch.manual_seed(2)
+        y1 = model(*first)
+        torch.rand(3)
+        y2 = model(*second)
+        (loss_of(y1) + 2 * loss_of(y2)).backward()
+        results.append({**gradients_of(model, first), "second": second[0].grad})
+
+    assert_same(*results)
+
+
+@every_case
+def test_the_global_rng_state_after_a_step_is_what_a_plain_run_leaves(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+
+    step(chain, case.inputs(device))
+    got = torch.rand(8, device=device), torch.rand(8)
+    step(stored, case.inputs(device))
+    want = torch.rand(8, device=device), torch.rand(8)
+
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+def test_autocast_is_replayed_unlike_all_peers(policy, device):
+    seen = []
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kind = x.device.type
+            state = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            value = self.linear(x)
+            seen.append((*state, torch.is_autocast_cache_enabled(), value.dtype))
+            return value.tanh()
+
+    chain = ReversibleSequential(AdditiveCoupling(Probe(), Probe()), policy=policy).to(device)
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        loss = loss_of(chain(x))
+
+    loss.backward()
+
+    assert seen == [(True, torch.bfloat16, False, torch.bfloat16)] * 4
+
+
+def autocast_error(
+    chain: ReversibleSequential, other: ReversibleSequential, case: Case, device
+) -> float:
+    results = []
+    for model in (chain, other):
+        args = torch.utils._pytree.tree_map(
+            lambda x: x.detach().float().requires_grad_(), case.inputs(device)
+        )
+        torch.manual_seed(2)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(model(*args))
+        loss.backward()
+        results.append(gradients_of(model, args))
+    return max(
+        ((results[0][name] - want).abs().max() / want.abs().max()).item()
+        for name, want in results[1].items()
+        if want is not None and want.abs().max() > 1e-3
+    )
+
+
+@every_case
+def test_autocast_gradients_equal_those_of_the_stored_autocast_run(case, device):
+    chain = case.make(device).float()
+    stored = stored_twin(case.make(device)).float()
+
+    error = autocast_error(chain, stored, case, device)
+
+    # bfloat16 itself errs by 4e-3; what is allowed is float32's rounding moving a few
+    # bfloat16 values to their neighbour.
+    assert error < 4e-3
+
+
+def test_autocast_weight_cache_does_not_drop_gradients_of_a_weight_used_outside(device):
+    shared = nn.Linear(4, 4).to(device)
+    chain = ReversibleSequential(AdditiveCoupling(shared, nn.Tanh())).to(device)
+    stored = ReversibleSequential(*chain, policy="store")
+    results = []
+    for model in (chain, stored):
+        x = torch.ones(2, 8, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            y = model(x)
+            loss = loss_of(shared(y[:, :4])) + loss_of(y)
+        results.append(torch.autograd.grad(loss, [shared.weight])[0])
+
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@every_rebuilt_case
+def test_in_place_edit_of_the_output_raises_unlike_memcnn_and_revtorch(case, device):
+    chain = case.make(device)
+    y = chain(*case.inputs(device))
+    loss = loss_of(y)
+    with torch.no_grad():
+        (y[0] if isinstance(y, tuple) else y).mul_(2)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("what", ["parameter", "context"])
+def test_in_place_edit_of_what_backward_reads_raises(what, device):
+    case = CASES["context"]
+    chain, args = case.make(device), case.inputs(device)
+    context = args[1] * 1
+    loss = loss_of(chain(args[0], context))
+    with torch.no_grad():
+        (chain[1].f.x.weight if what == "parameter" else context).mul_(2)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_skip_connection_and_inplace_relu_before_and_input_used_elsewhere_unlike_memcnn(device):
+    case = CASES["linear"]
+    results = []
+    for model in (case.make(device), stored_twin(case.make(device))):
+        (leaf,) = case.inputs(device)
+        x = nn.functional.relu(leaf * 2, inplace=True)
+        loss_of(model(x) * x + x).backward()
+        results.append(gradients_of(model, (leaf,)))
+
+    assert_same(*results)
+
+
+@every_case
+def test_callers_input_is_never_written_to_or_freed(case, device):
+    chain, args = case.make(device), case.inputs(device)
+    before = copy.deepcopy(args)
+    versions = [x._version for x in torch.utils._pytree.tree_leaves(args)]
+
+    step(chain, args)
+
+    for now, then in zip(*map(torch.utils._pytree.tree_leaves, (args, before)), strict=True):
+        assert torch.equal(now, then)
+    assert [x._version for x in torch.utils._pytree.tree_leaves(args)] == versions
+
+
+@every_case
+def test_frozen_parameters_get_no_gradient(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+    for model in (chain, stored):
+        for parameter in list(model.parameters())[::2]:
+            parameter.requires_grad_(False)
+
+    assert_same(step(chain, case.inputs(device)), step(stored, case.inputs(device)))
+
+
+def test_frozen_leading_blocks_are_not_evaluated_again(device):
+    chain = CASES["linear"].make(device)
+    chain[:2].requires_grad_(False)
+    calls = []
+    for i, block in enumerate(chain):
+        block.f.register_forward_hook(lambda *_, i=i: calls.append(i))
+
+    step(chain, (CASES["linear"].inputs(device)[0].detach(),))
+
+    assert calls == [0, 1, 2, 2]
+
+
+def test_output_used_in_part_gives_the_stored_gradients(device):
+    case = CASES["pair"]
+    chain, stored = case.make(device), stored_twin(case.make(device))
+    run = lambda model: lambda x: model(x)[1]  # noqa: E731
+
+    got = step(chain, case.inputs(device), run(chain))
+
+    assert_same(got, step(stored, case.inputs(device), run(stored)))
+
+
+def test_unused_parameter_keeps_its_gradient_none(device):
+    class Spare(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.spare = nn.Parameter(torch.ones(3))
+
+    chain = ReversibleSequential(AdditiveCoupling(Spare(), Spare())).double().to(device)
+
+    gradients = step(chain, CASES["linear"].inputs(device))
+
+    assert gradients["0.f.spare"] is None
+    assert gradients["0.f.weight"] is not None
+
+
+def test_one_half_of_a_pair_without_grad(device):
+    case = CASES["pair"]
+    results = []
+    for model in (case.make(device), stored_twin(case.make(device))):
+        ((x1, x2),) = case.inputs(device)
+        results.append(step(model, ((x1.detach(), x2),)))
+
+    assert_same(*results)
+
+
+@every_case
+def test_retain_graph_and_a_second_backward_give_the_same_gradients(case, device):
+    chain = case.make(device)
+    args = case.inputs(device)
+    torch.manual_seed(2)
+    loss = loss_of(chain(*args))
+    loss.backward(retain_graph=True)
+    first = {n: None if g is None else g.clone() for n, g in gradients_of(chain, args).items()}
+    for leaf in (*torch.utils._pytree.tree_leaves(args), *chain.parameters()):
+        leaf.grad = None
+
+    loss.backward()
+
+    assert_same(gradients_of(chain, args), first, rtol=0)
+
+
+def test_double_backward_raises(device):
+    case = CASES["linear"]
+    chain, (x,) = case.make(device), case.inputs(device)
+    (dx,) = torch.autograd.grad(loss_of(chain(x)), [x], create_graph=True)
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@every_case
+def test_eval_mode_with_gradients(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+
+    got = step(chain.eval(), case.inputs(device))
+
+    assert_same(got, step(stored.eval(), case.inputs(device)))
+
+
+def test_switching_to_eval_between_forward_and_backward_changes_nothing(device):
+    case = CASES["dropout"]
+    results = []
+    for model in (case.make(device), stored_twin(case.make(device))):
+        args = case.inputs(device)
+        torch.manual_seed(2)
+        loss = loss_of(model(*args))
+        model.eval()
+        loss.backward()
+        assert not any(module.training for module in model.modules())
+        results.append(gradients_of(model, args))
+
+    assert_same(*results)
+
+
+@every_case
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_grad_and_inference_mode_give_the_same_values_unlike_reformer(case, mode, device):
+    chain, twin = case.make(device), case.make(device)
+
+    torch.manual_seed(2)
+    with mode():
+        got = twin(*case.inputs(device))
+    torch.manual_seed(2)
+    want = chain(*case.inputs(device))
+
+    for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (got, want)), strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+
+
+@every_case
+def test_deepcopy_gives_the_same_gradients(case, device):
+    chain = case.make(device)
+    twin = copy.deepcopy(chain)
+
+    assert_same(step(twin, case.inputs(device)), step(chain, case.inputs(device)), rtol=0)
+
+
+def reload(chain: ReversibleSequential) -> ReversibleSequential:
+    file = io.BytesIO()
+    torch.save(chain, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_picklable_case
+@pytest.mark.parametrize(
+    "clone", [lambda c: pickle.loads(pickle.dumps(c)), reload], ids=["pickle", "save"]
+)
+def test_pickle_and_torch_save_give_the_same_gradients(case, clone, device):
+    chain = case.make(device)
+    twin = clone(chain)
+
+    assert_same(step(twin, case.inputs(device)), step(chain, case.inputs(device)), rtol=0)
+
+
+@every_case
+def test_state_dict_loads_into_a_new_chain(case, device):
+    chain, other = case.make(device), case.make(device)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+
+    other.load_state_dict(chain.state_dict())
+
+    assert_same(step(other, case.inputs(device)), step(chain, case.inputs(device)), rtol=0)
+
+
+@every_case
+def test_state_dict_keys_are_those_of_nn_sequential(case, device):
+    chain = case.make(device)
+
+    assert list(chain.state_dict()) == list(nn.Sequential(*chain).state_dict())
+
+
+def test_hooks_of_a_sub_network_fire_as_under_checkpoint(device):
+    chain = CASES["linear"].make(device)
+    fired = []
+    chain[1].f.register_forward_pre_hook(lambda *_: fired.append("pre"))
+    chain[1].f.register_forward_hook(lambda *_: fired.append("forward"))
+    chain[1].f.register_full_backward_hook(lambda *_: fired.append("backward"))
+
+    got = step(chain, CASES["linear"].inputs(device))
+
+    assert fired == ["pre", "forward", "pre", "forward", "backward"]
+    assert_same(
+        got, step(stored_twin(CASES["linear"].make(device)), CASES["linear"].inputs(device))
+    )
+
+
+def test_hooks_of_a_block_fire_as_under_checkpoint(device):
+    chain = CASES["linear"].make(device)
+    fired = []
+    chain[1].register_forward_hook(lambda *_: fired.append("forward"))
+    chain[1].register_full_backward_hook(lambda *_: fired.append("backward"))
+
+    got = step(chain, CASES["linear"].inputs(device))
+
+    assert fired == ["forward", "forward", "backward"]
+    assert_same(
+        got, step(stored_twin(CASES["linear"].make(device)), CASES["linear"].inputs(device))
+    )
+
+
+def test_a_block_hook_that_changes_the_output_raises_instead_of_rebuilding_garbage(device):
+    chain = CASES["linear"].make(device)
+    chain[1].register_forward_hook(lambda module, args, y: 2 * y)
+    loss = loss_of(chain(*CASES["linear"].inputs(device)))
+
+    with pytest.raises(RuntimeError, match=r"block 1 \(AdditiveCoupling\): inverse does not undo"):
+        loss.backward()
+
+
+def test_hooks_of_a_parameter_fire_once(device):
+    results = []
+    for model in (CASES["tied"].make(device), stored_twin(CASES["tied"].make(device))):
+        model[0].f[0].weight.register_hook(lambda gradient: 3 * gradient)
+        results.append(step(model, CASES["tied"].inputs(device)))
+
+    assert_same(*results)
+
+
+def test_hooks_of_the_chain_fire_once(device):
+    chain = CASES["linear"].make(device)
+    fired = []
+    chain.register_forward_hook(lambda *_: fired.append("forward"))
+    chain.register_full_backward_hook(lambda *_: fired.append("backward"))
+
+    step(chain, CASES["linear"].inputs(device))
+
+    assert fired == ["forward", "backward"]
+
+
+@every_checkpointable_case
+def test_chain_inside_checkpoint(case, device):
+    chain, stored = case.make(device), stored_twin(case.make(device))
+
+    got = step(
+        chain, case.inputs(device), lambda *args: checkpoint(chain, *args, use_reentrant=False)
+    )
+
+    assert_same(got, step(stored, case.inputs(device)))
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+def test_checkpoint_inside_a_chain(policy, device):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.4), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    def make() -> ReversibleSequential:
+        torch.manual_seed(0)
+        blocks = [AdditiveCoupling(Checkpointed(), Checkpointed()) for _ in range(2)]
+        return ReversibleSequential(*blocks, policy=policy).double().to(device)
+
+    x = CASES["linear"].inputs(device)
+
+    got = step(make(), x)
+
+    assert_same(got, step(stored_twin(make()), CASES["linear"].inputs(device)))
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+@pytest.mark.parametrize("capture", ["leaf", "non-leaf", "non-leaf of own parameter"])
+def test_captured_tensor_raises_and_names_the_block_unlike_all_peers(policy, capture, device):
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.captured = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight + self.captured[0]
+
+    greedy = Greedy()
+    leaf = torch.ones(3, dtype=torch.double, device=device, requires_grad=True)
+    chain = (
+        ReversibleSequential(coupling(mlp, 3), AdditiveCoupling(greedy, mlp(3)), policy=policy)
+        .double()
+        .to(device)
+    )
+    greedy.captured = {
+        "leaf": [leaf],
+        "non-leaf": [leaf.exp()],
+        "non-leaf of own parameter": [greedy.weight.exp()],
+    }[capture]
+    loss = loss_of(chain(*CASES["linear"].inputs(device)))
+
+    with pytest.raises(RuntimeError, match=r"block 1 \(AdditiveCoupling\): .* captured a tensor"):
+        loss.backward()
+
+
+def test_captured_tensor_trains_under_policy_store(device):
+    leaf = torch.ones(3, dtype=torch.double, device=device, requires_grad=True)
+
+    class Greedy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * leaf
+
+    chain = ReversibleSequential(AdditiveCoupling(Greedy(), nn.Tanh()), policy="store")
+
+    loss_of(chain(*CASES["linear"].inputs(device))).backward()
+
+    assert leaf.grad.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+def test_sub_network_that_edits_its_input_raises(policy, device):
+    chain = (
+        ReversibleSequential(
+            AdditiveCoupling(nn.Sequential(nn.Hardtanh(inplace=True), mlp(3)), mlp(3)),
+            policy=policy,
+        )
+        .double()
+        .to(device)
+    )
+
+    with pytest.raises(RuntimeError, match=r"block 0 .* changed its input in place"):
+        chain(*CASES["linear"].inputs(device))
+
+
+def test_functional_call_with_other_parameters_differentiates_those(device):
+    case = CASES["linear"]
+    results = []
+    for model in (case.make(device), stored_twin(case.make(device))):
+        fast = {
+            name: (parameter.detach() * 2).requires_grad_()
+            for name, parameter in model.named_parameters()
+        }
+        tensors = {name: 1.5 * tensor for name, tensor in fast.items()}
+        (x,) = case.inputs(device)
+        loss_of(torch.func.functional_call(model, tensors, (x,))).backward()
+        results.append({"x": x.grad, **{name: tensor.grad for name, tensor in fast.items()}})
+
+    assert_same(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_model_gives_the_same_gradients(device):
+    case = CASES["conv-batchnorm"]
+    model = nn.Sequential(nn.Conv2d(6, 6, 1), case.make(), nn.SiLU()).double().to(device)
+    plain = copy.deepcopy(model)
+    (x,) = case.inputs(device)
+    (plain_x,) = case.inputs(device)
+
+    loss_of(torch.compile(model, backend="aot_eager")(x)).backward()
+    loss_of(plain(plain_x)).backward()
+
+    assert_same(
+        {"x": x.grad, **{n: p.grad for n, p in model.named_parameters()}},
+        {"x": plain_x.grad, **{n: p.grad for n, p in plain.named_parameters()}},
+    )
+
+
+@pytest.mark.slow
+def test_compiled_sub_networks_work_inside_a_chain(device):
+    case = CASES["dropout"]
+    chain, stored = case.make(device), stored_twin(case.make(device))
+    for block in chain:
+        block.f.compile(backend="aot_eager")
+        block.g.compile(backend="aot_eager")
+
+    assert_same(step(chain, case.inputs(device)), step(stored, case.inputs(device)))
+
+
+@pytest.mark.slow
+def test_no_grad_calls_compile_without_a_graph_break(device):
+    case = CASES["conv-batchnorm"]
+    chain = case.make(device).eval()
+    (x,) = case.inputs(device)
+    with torch.no_grad():
+        want = chain(x)
+        got = torch.compile(chain, backend="aot_eager", fullgraph=True)(x)
+
+    torch.testing.assert_close(got, want)
+
+
+@every_case
+def test_non_contiguous_input(case, device):
+    results = []
+    for model in (case.make(device), stored_twin(case.make(device))):
+        args = case.inputs(device)
+        strided = torch.utils._pytree.tree_map(
+            lambda x: torch.stack((x, x), -1).select(-1, 0), args
+        )
+        torch.manual_seed(2)
+        loss_of(model(*strided)).backward()
+        results.append(gradients_of(model, args))
+
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_memory_format_is_kept(format, device):
+    seen = []
+    chain = CASES["conv-batchnorm"].make(device)
+    chain[1].f.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()))
+    x = CASES["conv-batchnorm"].inputs(device)[0].detach().contiguous(memory_format=format)
+
+    y = chain(x)
+    loss_of(y).backward()
+
+    half = torch.empty(2, 3, 4, 4).to(memory_format=format)
+    assert y.is_contiguous(memory_format=format)
+    assert seen == [half.stride()] * 2
+
+
+def test_batch_of_zero(device):
+    chain = CASES["linear"].make(device)
+    x = torch.empty(0, 6, dtype=torch.double, device=device, requires_grad=True)
+
+    y = chain(x)
+    y.sum().backward()
+
+    assert y.shape == x.grad.shape == (0, 6)
+    assert all(p.grad is not None and not p.grad.any() for p in chain.parameters())
+
+
+def test_offsets_beyond_2_to_the_31_elements(device):
+    # Only the touched pages of the 8 GiB become real.
+    base = torch.empty(2**31 + 64, device=device)
+    huge = base.as_strided((2, 6), (2**31, 1))
+    huge.copy_(torch.randn(2, 6))
+    chain = CASES["linear"].make(device).float()
+
+    got = torch.autograd.grad(loss_of(chain(huge)), list(chain.parameters()))
+    want = torch.autograd.grad(loss_of(chain(huge.clone())), list(chain.parameters()))
+
+    assert all(map(torch.equal, got, want))
+
+
+def test_each_sub_network_is_evaluated_twice_a_step(device):
+    chain = ReversibleSequential(*(coupling(conv, 3) for _ in range(4))).double().to(device)
+    count = []
+    for block in chain:
+        block.f.register_forward_hook(lambda *_: count.append("f"))
+        block.g.register_forward_hook(lambda *_: count.append("g"))
+
+    step(chain, CASES["conv-batchnorm"].inputs(device))
+
+    assert count.count("f") == count.count("g") == 2 * len(chain)
+
+
+def test_wrong_inverse_of_a_users_block_raises(device):
+    class Wrong(Rotation):
+        def inverse(self, y: Tensor) -> Tensor:
+            return self._rotate(y, -0.5 * self.angle)
+
+    chain = ReversibleSequential(coupling(mlp, 3), Wrong()).double().to(device)
+    loss = loss_of(chain(*CASES["linear"].inputs(device)))
+
+    with pytest.raises(RuntimeError, match=r"block 1 \(Wrong\): inverse does not undo forward"):
+        loss.backward()
+
+
+def test_replay_state_is_counted(device):
+    plain, counted = CASES["linear"].make(device), CASES["changing-buffer"].make(device)
+
+    plain(*CASES["linear"].inputs(device))
+    counted(*CASES["changing-buffer"].inputs(device))
+
+    assert plain.replay_state_bytes == 0
+    assert counted.replay_state_bytes == 6 * Drift(3).double().phase.nbytes
