@@ -2,7 +2,7 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self, get_args
 
 from torch import Tensor, nn
@@ -73,33 +73,16 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             ValueError: If `policy` has an unknown entry, or not one entry per block.
             TypeError: If a block is to be rebuilt that has no inverse.
         """
-        named = self.policy if isinstance(self.policy, list) else [self.policy] * len(self)
+        by_block = isinstance(self.policy, list)
+        named = self.policy if by_block else [self.policy] * len(self)
         if len(named) != len(self):
             raise ValueError(
                 f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
             )
-        resolved = []
-        for (name, block), policy in zip(self._modules.items(), named, strict=True):
-            label = f"block {name} ({type(block).__name__})"
-            if policy not in get_args(Policy):
-                raise ValueError(
-                    f"policy must be one of {', '.join(map(repr, get_args(Policy)))}; "
-                    f"got {policy!r} for {label}"
-                )
-            if policy == "rebuild" and not isinstance(block, InvertibleModule):
-                raise TypeError(
-                    f"{label} has no inverse to rebuild by; derive it from "
-                    "revlib.InvertibleModule, or give it policy 'store' or 'recompute'"
-                )
-            if policy == "rebuild" and not block.cheap_inverse:
-                if self.policy is named:
-                    raise ValueError(
-                        f"{label} has no cheap inverse to rebuild by; give it policy 'store' "
-                        "or 'recompute'"
-                    )
-                policy = "store"
-            resolved.append(policy)
-        return resolved
+        return [
+            _policy_in_force(name, block, policy, asked_for=by_block)
+            for (name, block), policy in zip(self._modules.items(), named, strict=True)
+        ]
 
     def __getitem__(self, idx: int | slice) -> nn.Module:
         if not isinstance(idx, slice):
@@ -118,12 +101,24 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 
     def insert(self, index: int, module: nn.Module, policy: Policy | None = None) -> Self:
         """Adds a block before the one at `index`, under `policy` or the chain's own."""
-        if policy is not None and not isinstance(self.policy, list):
+        by_block = isinstance(self.policy, list)
+        new = policy or ("rebuild" if by_block else self.policy)
+        _policy_in_force(str(index), module, new, asked_for=policy is not None)
+        if not by_block and new != self.policy:
             self.policy = [self.policy] * len(self)
-        if isinstance(self.policy, list):
-            self.policy.insert(index, policy or "rebuild")
         super().insert(index, module)
-        self.policies()
+        if isinstance(self.policy, list):
+            self.policy.insert(index, new)
+        return self
+
+    def extend(self, sequential: Iterable[nn.Module]) -> Self:
+        """Adds blocks at the end; those of another chain bring their policies along."""
+        blocks = list(sequential)
+        policies = [None] * len(blocks)
+        if isinstance(sequential, ReversibleSequential):
+            policies = sequential.policies()
+        for block, policy in zip(blocks, policies, strict=True):
+            self.append(block, policy)
         return self
 
     def __add__(self, other: nn.Sequential) -> Self:
@@ -150,16 +145,13 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         y, self.replay_state_bytes = run_chain(legs, x, context)
         return y
 
-    def _legs(self, prefix: str = "", *, inverse: bool = False) -> list[Leg]:
-        """Returns the chain's legs first to last; a chain among the blocks runs as its own."""
+    def _legs(self, prefix: str = "", *, inverse: bool = False, store: bool = False) -> list[Leg]:
+        """Returns the chain's legs first to last, with those of chains among its blocks."""
         legs = []
         for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
-            if (
-                policy == "rebuild"
-                and type(block) is ReversibleSequential
-                and not has_hooks(block)
-            ):
-                legs += block._legs(f"{prefix}{name}.", inverse=inverse)
+            policy = "store" if store else policy
+            if policy != "recompute" and _runs_as_its_blocks(block):
+                legs += block._legs(f"{prefix}{name}.", inverse=inverse, store=policy == "store")
             else:
                 legs.append(make_leg(block, prefix + name, policy, inverse=inverse))
         return legs
@@ -174,3 +166,37 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                     f"module {name} inside a ReversibleSequential is sharded by fully_shard, "
                     "which would leave its gradients None; apply fully_shard to the whole chain"
                 )
+
+
+def _policy_in_force(name: str, block: nn.Module, policy: Policy, *, asked_for: bool) -> Policy:
+    """Checks the policy of one block; `asked_for` tells whether it was named for this block."""
+    label = f"block {name} ({type(block).__name__})"
+    if policy not in get_args(Policy):
+        raise ValueError(
+            f"policy must be one of {', '.join(map(repr, get_args(Policy)))}; "
+            f"got {policy!r} for {label}"
+        )
+    if policy != "rebuild":
+        return policy
+    if not isinstance(block, InvertibleModule):
+        raise TypeError(
+            f"{label} has no inverse to rebuild by; derive it from revlib.InvertibleModule, or "
+            "give it policy 'store' or 'recompute'"
+        )
+    if block.cheap_inverse:
+        return policy
+    if asked_for:
+        raise ValueError(
+            f"{label} has no cheap inverse to rebuild by; give it policy 'store' or 'recompute'"
+        )
+    return "store"
+
+
+def _runs_as_its_blocks(block: nn.Module) -> bool:
+    """Tells whether a block is a chain that nothing distinguishes from its blocks in a row."""
+    return (
+        isinstance(block, ReversibleSequential)
+        and type(block).forward is ReversibleSequential.forward
+        and type(block).inverse is ReversibleSequential.inverse
+        and not has_hooks(block)
+    )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from revlib.invertible import InvertibleModule
 from revlib.sequential import ReversibleSequential
-from revlib.streams import Stream, enter
+from revlib.streams import Stream, enter, leave
 
 
 def check_inverse(
@@ -20,12 +20,15 @@ def check_inverse(
 ) -> None:
     """Checks that `inverse` undoes `forward` and that `forward` undoes `inverse`.
 
+    Runs a copy of the block in eval mode: with dropout on, a block is another function at
+    every call.
+
     Args:
-        block: The block, or a chain. Random numbers are drawn alike in all calls.
-        x: An input of the block, and an output as well: it is inverted too.
+        block: The block, or a chain.
+        x: An input of the block.
         context: The conditioning input, or None.
-        rtol: The relative tolerance; both default to those of `torch.testing.assert_close`
-            for the dtype of `x`.
+        rtol: The relative tolerance, given together with `atol` or not at all; both default
+            to those of `torch.testing.assert_close` for the dtype of `x`.
         atol: The absolute tolerance.
 
     Raises:
@@ -35,18 +38,18 @@ def check_inverse(
         >>> block = revlib.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2)).double()
         >>> revlib.testing.check_inverse(block, torch.randn(3, 4, dtype=torch.double))
     """
+    block = deepcopy(block).eval()
     args = () if context is None else (context,)
-    for first, second, promise in (
-        (block, block.inverse, "inverse(forward(x)) is not x"),
-        (block.inverse, block, "forward(inverse(y)) is not y"),
+    with torch.no_grad():
+        y = block(x, *args)
+        back = block.inverse(y, *args)
+        again = block(back, *args)
+    for got, want, promise in (
+        (back, x, "inverse(forward(x)) is not x"),
+        (again, y, "forward(inverse(y)) is not y"),
     ):
-        with torch.no_grad(), torch.random.fork_rng():
-            seed = torch.random.get_rng_state()
-            between = first(x, *args)
-            torch.random.set_rng_state(seed)
-            back = second(between, *args)
-        for got, want in zip(enter(back)[0], enter(x)[0], strict=True):
-            _assert_close(got, want, f"{type(block).__name__}: {promise}", rtol, atol)
+        for part, whole in zip(enter(got)[0], enter(want)[0], strict=True):
+            _assert_close(part, whole, f"{type(block).__name__}: {promise}", rtol, atol)
 
 
 def check_gradients(
@@ -56,12 +59,12 @@ def check_gradients(
 
     Runs copies of the block in float64 in a chain of one, in both directions, under
     policy "rebuild" and "store", and compares the outputs and the gradients of input,
-    context and every parameter. Where the block derives from other floating dtypes inside,
-    loosen `rtol`.
+    context and every parameter. For a block that computes in a narrower dtype inside, loosen
+    `rtol`.
 
     Args:
         block: The block, or a chain.
-        x: An input of the block, and an output as well: it is inverted too.
+        x: An input of the block.
         context: The conditioning input, or None.
         rtol: The error allowed, relative to the largest value of each gradient.
 
@@ -91,28 +94,25 @@ def _gradients(
     block: InvertibleModule, x: Stream, context: Tensor | None, direction: str, policy: str
 ) -> dict[str, Tensor | None]:
     chain = ReversibleSequential(deepcopy(block).double(), policy=policy)
-    inputs = {f"input {i}": _double_leaf(s) for i, s in enumerate(enter(x)[0])}
-    stream = tuple(inputs.values()) if isinstance(x, tuple) else inputs["input 0"]
-    args = ()
-    if context is not None:
-        inputs["context"] = _double_leaf(context)
-        args = (inputs["context"],)
+    args = tuple(arg.detach().double() for arg in (context,) if arg is not None)
+    streams = tuple(stream.detach().double() for stream in enter(x)[0])
     with torch.random.fork_rng():
-        outputs, _ = enter((chain if direction == "forward" else chain.inverse)(stream, *args))
+        run = chain
+        if direction == "inverse":
+            run = chain.inverse
+            with torch.no_grad():
+                streams, _ = enter(deepcopy(chain)(leave(streams), *args))
+        for leaf in (*streams, *args):
+            leaf.requires_grad_()
+        outputs, _ = enter(run(leave(streams), *args))
         # Distinct weights, so that errors of different elements cannot cancel.
-        loss = sum((y * torch.linspace(1, 2, y.numel()).view(y.shape)).sum() for y in outputs)
-        loss.backward()
-    parameters = dict(chain[0].named_parameters())
-    return {
-        **{f"output {i}": y.detach() for i, y in enumerate(outputs)},
-        **{f"gradient of {name}": t.grad for name, t in {**inputs, **parameters}.items()},
-    }
-
-
-def _double_leaf(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    return x.detach().double().requires_grad_()
+        sum((y * torch.linspace(1, 2, y.numel()).view(y.shape)).sum() for y in outputs).backward()
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    results.update((f"gradient of input {i}", stream.grad) for i, stream in enumerate(streams))
+    results.update(("gradient of context", arg.grad) for arg in args)
+    for name, parameter in chain[0].named_parameters():
+        results[f"gradient of {name}"] = parameter.grad
+    return results
 
 
 def _assert_close(

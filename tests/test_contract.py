@@ -58,7 +58,7 @@ def step(chain: ReversibleSequential, args: tuple, run: Callable | None = None) 
 
 
 def stored_twin(chain: ReversibleSequential) -> ReversibleSequential:
-    """A copy of the chain that plain autograd runs: nn.Sequential where it can."""
+    """A copy of the chain that plain autograd runs, sub-networks included."""
     twin = copy.deepcopy(chain)
     for module in twin.modules():
         if isinstance(module, ReversibleSequential):
@@ -785,6 +785,21 @@ def test_each_sub_network_is_evaluated_twice_a_step(device):
     step(chain, CASES["conv-batchnorm"].inputs(device))
 
     assert count.count("f") == count.count("g") == 2 * len(chain)
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "store"])
+def test_a_chain_among_the_blocks_takes_the_outer_policy_and_no_third_evaluation(policy, device):
+    class Stage(ReversibleSequential):
+        pass
+
+    inner = Stage(coupling(mlp, 3), coupling(mlp, 3))
+    chain = ReversibleSequential(coupling(mlp, 3), inner, policy=policy).double().to(device)
+    calls = []
+    inner[0].f.register_forward_hook(lambda *_: calls.append("f"))
+
+    step(chain, CASES["linear"].inputs(device))
+
+    assert len(calls) == {"rebuild": 2, "store": 1}[policy]
 
 
 def test_wrong_inverse_of_a_users_block_raises(device):
