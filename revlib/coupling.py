@@ -120,6 +120,10 @@ class AdditiveCoupling(InvertibleModule):
 
     def _update(self, name: str, half: Tensor, at: Tensor, evaluate: Evaluate) -> Tensor:
         update = evaluate(getattr(self, name), at)
+        if not isinstance(update, Tensor):
+            raise TypeError(
+                f"{evaluate.label}: {name} must return a tensor; got {type(update).__name__}"
+            )
         if update.shape != half.shape:
             raise ValueError(
                 f"{evaluate.label}: {name} must return an update shaped like the half it is "

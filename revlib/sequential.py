@@ -29,6 +29,10 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             input and runs it forward again. The last two also take any other module, and a
             recomputed block's exact input stops rounding errors from adding up beyond it.
 
+    Raises:
+        ValueError: If `policy` has an unknown entry, or not one entry per block.
+        TypeError: If a block is to be rebuilt that is no :class:`revlib.InvertibleModule`.
+
     Shape:
         The stream is one floating tensor, or a pair of them for blocks that work on pairs;
         the output has the same form. An optional `context` reaches every sub-network and
@@ -50,9 +54,19 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 
     def __init__(self, *blocks: nn.Module, policy: Policy | Sequence[Policy] = "rebuild") -> None:
         super().__init__(*blocks)
-        self.policy = policy if isinstance(policy, str) else list(policy)
+        self.policy = policy
         self.replay_state_bytes = 0
-        self.policies()
+
+    @property
+    def policy(self) -> Policy | list[Policy]:
+        """The policy of all blocks, or the list of each block's; it may be set anew."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy | Sequence[Policy]) -> None:
+        policy = policy if isinstance(policy, str) else list(policy)
+        self._resolve(policy)
+        self._policy = policy
 
     def forward(self, x: Stream, context: Tensor | None = None) -> Stream:
         """Runs the blocks first to last."""
@@ -67,22 +81,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         return self._run(legs[::-1], y, context)
 
     def policies(self) -> list[Policy]:
-        """Returns the policy in force for each block.
-
-        Raises:
-            ValueError: If `policy` has an unknown entry, or not one entry per block.
-            TypeError: If a block is to be rebuilt that has no inverse.
-        """
-        by_block = isinstance(self.policy, list)
-        named = self.policy if by_block else [self.policy] * len(self)
-        if len(named) != len(self):
-            raise ValueError(
-                f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
-            )
-        return [
-            _policy_in_force(name, block, policy, asked_for=by_block)
-            for (name, block), policy in zip(self._modules.items(), named, strict=True)
-        ]
+        """Returns the policy in force for each block."""
+        return self._resolve(self.policy)
 
     def __getitem__(self, idx: int | slice) -> nn.Module:
         if not isinstance(idx, slice):
@@ -105,7 +105,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         new = policy or ("rebuild" if by_block else self.policy)
         _policy_in_force(str(index), module, new, asked_for=policy is not None)
         if not by_block and new != self.policy:
-            self.policy = [self.policy] * len(self)
+            self._policy = [self.policy] * len(self)
         super().insert(index, module)
         if isinstance(self.policy, list):
             self.policy.insert(index, new)
@@ -133,12 +133,24 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     def __imul__(self, other: int) -> Self:
         super().__imul__(other)
         if isinstance(self.policy, list):
-            self.policy = self.policy * other
+            self.policy *= other
         return self
 
     def extra_repr(self) -> str:
         policy = self.policy if isinstance(self.policy, str) else ", ".join(self.policy)
         return f"policy={policy}"
+
+    def _resolve(self, policy: Policy | list[Policy]) -> list[Policy]:
+        by_block = isinstance(policy, list)
+        named = policy if by_block else [policy] * len(self)
+        if len(named) != len(self):
+            raise ValueError(
+                f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
+            )
+        return [
+            _policy_in_force(name, block, policy, asked_for=by_block)
+            for (name, block), policy in zip(self._modules.items(), named, strict=True)
+        ]
 
     def _run(self, legs: list[Leg], x: Stream, context: Tensor | None) -> Stream:
         self._refuse_sharded_blocks()

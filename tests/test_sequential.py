@@ -104,12 +104,18 @@ def test_empty_chain_returns_its_input():
     assert torch.equal(ReversibleSequential()(x), x)
 
 
-def test_policy_can_be_changed_later():
+def test_policy_can_be_set_anew():
     chain = make()
 
     chain.policy = "store"
-
     assert chain.policies() == ["store"] * 4
+
+    chain.policy = tuple(MIXED)
+    assert chain.policies() == MIXED
+
+    with pytest.raises(ValueError, match="got 1 for 4 blocks"):
+        chain.policy = ["store"]
+    assert chain.policies() == MIXED
 
 
 @pytest.mark.parametrize(
@@ -216,6 +222,14 @@ def test_update_of_the_wrong_shape_raises(name):
     with pytest.raises(
         ValueError, match=rf"block 0 .*: {name} must return .*\(5, 2\); got \(5, 3\)"
     ):
+        ReversibleSequential(block)(torch.ones(5, 4))
+
+
+def test_update_that_is_no_tensor_raises():
+    block = coupling(mlp, 2)
+    block.g = nn.LSTM(2, 2)
+
+    with pytest.raises(TypeError, match=r"block 0 .*: g must return a tensor; got tuple"):
         ReversibleSequential(block)(torch.ones(5, 4))
 
 
