@@ -193,7 +193,7 @@ class BlockFunction(torch.autograd.Function):
             kept = arriving
         elif node.keeps_output:
             kept = outputs
-        constants = [c for e in evaluate.evaluations for c in e.constants.values()]
+        constants = [slot.tensor for e in evaluate.evaluations for slot in e.constants]
         ctx.save_for_backward(context, *kept, *parameters, *constants)
         ctx.n_kept = len(kept)
         ctx.node, ctx.tape, ctx.parameters = node, tape, parameters

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,26 +78,41 @@ class Evaluate:
         return module(*args)
 
 
+class Slot(NamedTuple):
+    """A place in a module that holds a parameter or buffer, and what it held."""
+
+    name: str
+    holder: dict[str, Tensor | None]
+    key: str
+    tensor: Tensor
+
+    def is_untouched(self) -> bool:
+        """Tells whether the place still holds the same tensor."""
+        return self.holder.get(self.key) is self.tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """What one evaluation of one sub-network used; kept until backward replays it.
 
     Attributes:
         module: The sub-network.
-        modes: `training` of the module and each of its descendants.
-        parameters: The parameters it was evaluated with, by name.
-        constants: The buffers that it left as they were, by name.
-        priors: The values before the evaluation of the buffers that it changed, by name.
-        scratch: The names of the buffers that it wrote without reading them.
+        parts: The module and each of its descendants.
+        modes: `training` of each part.
+        parameters: The parameters it was evaluated with.
+        constants: The buffers that it left as they were.
+        priors: The buffers that it changed, by name, as they were before.
+        scratch: The buffers that it wrote without reading them.
         rng: The RNG states it started from, or None where it drew nothing.
     """
 
     module: nn.Module
+    parts: list[nn.Module]
     modes: list[bool]
-    parameters: dict[str, Tensor]
-    constants: dict[str, Tensor]
+    parameters: list[Slot]
+    constants: list[Slot]
     priors: dict[str, Tensor]
-    scratch: set[str]
+    scratch: list[Slot]
     rng: Streams | None
 
     @property
@@ -115,28 +131,28 @@ class Record(Evaluate):
     def _call(self, module: nn.Module, args: Streams) -> Tensor:
         device = args[0].device
         rng = _rng_states(device)
-        modes = [part.training for part in module.modules()]
-        parameters = dict(module.named_parameters())
-        scratch = _write_only_buffers(module)
-        before = {
-            name: (buffer, buffer._version, buffer.clone())
-            for name, buffer in module.named_buffers()
-            if name not in scratch
-        }
+        parts, parameters, buffers, scratch = [], [], [], []
+        for prefix, part in module.named_modules():
+            prefix = prefix and prefix + "."
+            parts.append(part)
+            parameters += _slots(prefix, part._parameters)
+            writes_only = part.training and type(part).forward in _WRITE_STATISTICS_ONLY
+            (scratch if writes_only else buffers).extend(_slots(prefix, part._buffers))
+        modes = [part.training for part in parts]
+        before = [(slot, slot.tensor._version, slot.tensor.clone()) for slot in buffers]
 
         value = super()._call(module, args)
 
-        after = dict(module.named_buffers())
-        constants, priors = {}, {}
-        for name, (buffer, version, prior) in before.items():
-            if after.get(name) is buffer and buffer._version == version:
-                constants[name] = buffer
+        constants, priors = [], {}
+        for slot, version, prior in before:
+            if slot.is_untouched() and slot.tensor._version == version:
+                constants.append(slot)
             else:
-                priors[name] = prior
+                priors[slot.name] = prior
         drew = not all(map(torch.equal, rng, _rng_states(device)))
         self.evaluations.append(
             Evaluation(
-                module, modes, parameters, constants, priors, scratch, rng if drew else None
+                module, parts, modes, parameters, constants, priors, scratch, rng if drew else None
             )
         )
         return value
@@ -238,10 +254,11 @@ class Replay(Evaluate):
         self, evaluation: Evaluation, module: nn.Module, args: Streams, prefix: str = ""
     ) -> Tensor:
         substitutes = self._substitutes(evaluation)
-        with ExitStack() as stack:
-            stack.enter_context(_modes_set(evaluation.module, evaluation.modes))
-            stack.enter_context(_rng_set(args[0].device, evaluation.rng))
-            stack.enter_context(self._autocast.restored())
+        with (
+            _modes_set(evaluation.parts, evaluation.modes),
+            _rng_set(args[0].device, evaluation.rng),
+            self._autocast.restored(),
+        ):
             if not substitutes:
                 return module(*args)
             tensors = {prefix + name: tensor for name, tensor in substitutes.items()}
@@ -249,23 +266,20 @@ class Replay(Evaluate):
 
     def _substitutes(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Returns what the module must see in place of the tensors it holds now, by name."""
-        own = dict(evaluation.module.named_parameters())
-        own.update(evaluation.module.named_buffers())
-        seen = {name: own[name].clone() for name in evaluation.scratch}
+        seen = {slot.name: slot.holder[slot.key].clone() for slot in evaluation.scratch}
         seen.update((name, prior.clone()) for name, prior in evaluation.priors.items())
         seen.update(
-            (name, constant)
-            for name, constant in evaluation.constants.items()
-            if own.get(name) is not constant
+            (slot.name, slot.tensor) for slot in evaluation.constants if not slot.is_untouched()
         )
-        for name, parameter in evaluation.parameters.items():
+        for slot in evaluation.parameters:
+            parameter = slot.tensor
             # A hook on the parameter would run in our gradient pass and once more when the
             # gradient we return reaches the parameter.
-            if own.get(name) is parameter and parameter.is_leaf and not parameter._backward_hooks:
+            if slot.is_untouched() and parameter.is_leaf and not parameter._backward_hooks:
                 continue
-            seen[name] = _leaf(parameter)
+            seen[slot.name] = _leaf(parameter)
             if parameter in self._places:
-                self._places[seen[name]] = self._places[parameter]
+                self._places[seen[slot.name]] = self._places[parameter]
         return seen
 
     def _reached_leaves(self, roots: list[Node], born: range, streams: Streams) -> list[Tensor]:
@@ -337,19 +351,16 @@ def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
     return term if total is None else total if term is None else total + term
 
 
-def _write_only_buffers(module: nn.Module) -> set[str]:
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, part in module.named_modules()
-        if part.training and type(part).forward in _WRITE_STATISTICS_ONLY
-        for name, _ in part.named_buffers(recurse=False)
-    }
+def _slots(prefix: str, holder: dict[str, Tensor | None]) -> list[Slot]:
+    return [Slot(prefix + k, holder, k, t) for k, t in holder.items() if t is not None]
 
 
 @contextmanager
-def _modes_set(module: nn.Module, modes: list[bool]) -> Iterator[None]:
-    parts = list(module.modules())
+def _modes_set(parts: list[nn.Module], modes: list[bool]) -> Iterator[None]:
     now = [part.training for part in parts]
+    if now == modes:
+        yield
+        return
     for part, mode in zip(parts, modes, strict=True):
         part.training = mode
     try:
