@@ -183,11 +183,6 @@ class BlockFunction(torch.autograd.Function):
         evaluate = Record(context, node.leg.label)
         outputs = node.leg(node.enter(arriving), evaluate)
         outputs = convert(outputs, node.form, node.form_out)
-        if torch.is_autocast_enabled(arriving[0].device.type):
-            # Copies of weights that autocast cached here have no graph: later users would
-            # lose the gradient.
-            torch.clear_autocast_cache()
-
         kept = ()
         if node.leg.policy == "recompute":
             kept = arriving

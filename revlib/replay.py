@@ -326,8 +326,8 @@ class Autocast:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Puts the state in force for a second evaluation."""
-        # The cache holds low-precision copies of weights. Copies made under other grad
-        # modes or in other graphs must neither reach this evaluation nor leave it.
+        # The cache holds low-precision copies of weights, each with its place in a graph. Where
+        # backward runs inside an autocast region, copies of the first evaluation are in it.
         torch.clear_autocast_cache()
         with ExitStack() as stack:
             for kind, dtype, enabled in self.states:
@@ -335,7 +335,6 @@ class Autocast:
                     torch.autocast(kind, dtype, enabled, cache_enabled=self.cache_enabled)
                 )
             yield
-        torch.clear_autocast_cache()
 
 
 def _version(x: Tensor) -> int | None:

@@ -298,6 +298,18 @@ def test_autocast_weight_cache_does_not_drop_gradients_of_a_weight_used_outside(
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
+def test_backward_inside_the_autocast_region(device):
+    results = []
+    for model in (CASES["linear"].make(device), stored_twin(CASES["linear"].make(device))):
+        model.float()
+        x = CASES["linear"].inputs(device)[0].detach().float().requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss_of(model(x)).backward()
+        results.append(x.grad)
+
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
 @every_rebuilt_case
 def test_in_place_edit_of_the_output_raises_unlike_memcnn_and_revtorch(case, device):
     chain = case.make(device)
