@@ -1,0 +1,95 @@
+"""The memory a chain promises: flat in depth, and little more than one block needs."""
+
+import pytest
+import torch
+from chains import Rotation
+from torch import nn
+
+from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential
+from revlib.memory import StepMemory, measure_step
+from revlib.models import RevNet
+
+BATCH, CHANNELS, SIZE = 2, 8, 8
+STREAM = BATCH * CHANNELS * SIZE * SIZE * 4  # bytes, float32
+HALF = STREAM // 2
+
+
+def net() -> nn.Module:
+    c = CHANNELS // 2
+    return nn.Sequential(nn.GroupNorm(2, c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1, bias=False))
+
+
+def additive() -> InvertibleModule:
+    return AdditiveCoupling(net(), net())
+
+
+def measure(
+    depth: int, policy: str, block=additive, device="cpu", *, inverse: bool = False
+) -> StepMemory:
+    chain = ReversibleSequential(*(block() for _ in range(depth)), policy=policy).to(device)
+    x = torch.randn(BATCH, CHANNELS, SIZE, SIZE, device=device, requires_grad=True)
+    weights = torch.randn(BATCH, CHANNELS, SIZE, SIZE, device=device)
+    run = chain.inverse if inverse else chain
+    return measure_step(lambda: (run(x) * weights).sum().backward(), model=chain)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("block", [additive, Rotation])
+def test_peak_activation_bytes_do_not_grow_with_depth(block, inverse):
+    peaks = {
+        measure(depth, "rebuild", block, inverse=inverse).peak.activations for depth in (2, 3, 17)
+    }
+
+    assert len(peaks) == 1
+
+
+@pytest.mark.parametrize("block", [additive, Rotation])
+def test_saved_bytes_are_those_of_the_output_at_any_depth(block):
+    for depth in (1, 5, 16):
+        # The product with the weights saves the weights, which are the caller's, and nothing
+        # of y: it needs no gradient for them.
+        assert measure(depth, "rebuild", block).saved.activations == STREAM
+
+
+def test_peak_is_at_most_a_tenth_above_the_streams_and_one_blocks_working_set():
+    working_set = measure(1, "store").peak.activations - STREAM  # beyond the block's output
+
+    peak = measure(8, "rebuild").peak.activations
+
+    assert peak <= 1.10 * (STREAM + STREAM + working_set)
+
+
+def test_recompute_keeps_one_stream_per_block():
+    growth = measure(9, "recompute").peak.activations - measure(8, "recompute").peak.activations
+
+    assert growth == STREAM
+
+
+def test_store_keeps_every_activation():
+    growth = measure(9, "store").peak.activations - measure(8, "store").peak.activations
+
+    # Per sub-network: the input (a half that the addition made), the norm's statistics (mean
+    # and 1/std per image and group) and the ReLU's output.
+    statistics = 2 * (BATCH * 2 * 4)
+    assert growth == 2 * (2 * HALF + statistics)
+
+
+def test_replay_state_alone_grows_and_is_reported_apart():
+    def dropping() -> InvertibleModule:
+        return AdditiveCoupling(nn.Sequential(net(), nn.Dropout()), net())
+
+    small, large = measure(2, "rebuild", dropping), measure(6, "rebuild", dropping)
+
+    rng_state = torch.get_rng_state().nbytes
+    assert (small.replay_state, large.replay_state) == (2 * rng_state, 6 * rng_state)
+    assert large.saved.activations == small.saved.activations
+
+
+def test_revnet_memory_grows_with_its_stages_and_not_with_its_blocks():
+    x = torch.randn(2, 3, 16, 16)
+
+    def peak(units: int) -> int:
+        model = RevNet((units,) * 3, (8, 8, 16, 16))
+        return measure_step(lambda: model(x).sum().backward(), model=model).peak.activations
+
+    assert peak(6) == peak(12)
