@@ -1,8 +1,34 @@
 """What ResNet and RevNet are both made of: residual functions, shortcuts, stem and head."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def block_shapes(
+    units: Sequence[int], widths: Sequence[int], bottleneck: bool
+) -> Iterator[tuple[int, int, int]]:
+    """Yields the input channels, output channels and stride of each block, first to last.
+
+    Args:
+        units: The number of blocks of each stage. Every stage but the first starts with
+            stride 2.
+        widths: The channels of the stem and of each stage.
+        bottleneck: Whether blocks put out 4 times the width of their stage.
+    """
+    if len(widths) != len(units) + 1:
+        raise ValueError(
+            "widths must have one entry more than units, for the stem; "
+            f"got {len(widths)} widths for {len(units)} stages"
+        )
+    c_in = widths[0]
+    for stage, (depth, width) in enumerate(zip(units, widths[1:], strict=True)):
+        c_out = 4 * width if bottleneck else width
+        for unit in range(depth):
+            yield c_in, c_out, 2 if stage > 0 and unit == 0 else 1
+            c_in = c_out
 
 
 def residual_function(
@@ -54,7 +80,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride > 1:
-            x = F.avg_pool2d(x, self.stride)
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
     def extra_repr(self) -> str:

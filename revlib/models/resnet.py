@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from revlib.models.residual import Shortcut, head, initialize, residual_function, stem
+from revlib.models.residual import (
+    Shortcut,
+    block_shapes,
+    head,
+    initialize,
+    residual_function,
+    stem,
+)
 
 
 class ResidualBlock(nn.Module):
@@ -20,7 +27,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual classifier of small images, with three or more stages.
+    """A residual classifier of small images, of any number of stages.
 
     Args:
         units: The number of residual blocks of each stage.
@@ -55,20 +62,17 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = stem(in_channels, widths[0])
-        blocks, c_in = [], widths[0]
-        for stage, (depth, width) in enumerate(zip(units, widths[1:], strict=True)):
-            c_out = 4 * width if bottleneck else width
-            for unit in range(depth):
-                stride = 2 if stage > 0 and unit == 0 else 1
-                f = residual_function(
-                    c_in, c_out, stride=stride, bottleneck=bottleneck, dropout=dropout
-                )
-                changes = stride > 1 or c_in != c_out
-                shortcut = Shortcut(c_in, c_out, stride) if changes else nn.Identity()
-                blocks.append(ResidualBlock(f, shortcut))
-                c_in = c_out
+        blocks = []
+        for c_in, c_out, stride in block_shapes(units, widths, bottleneck):
+            f = residual_function(
+                c_in, c_out, stride=stride, bottleneck=bottleneck, dropout=dropout
+            )
+            changes = stride > 1 or c_in != c_out
+            blocks.append(
+                ResidualBlock(f, Shortcut(c_in, c_out, stride) if changes else nn.Identity())
+            )
         self.trunk = nn.Sequential(*blocks)
-        self.head = head(c_in, num_classes)
+        self.head = head(c_out, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import AdditiveCoupling
-from revlib.models.residual import Shortcut, head, initialize, residual_function, stem
+from revlib.models.residual import (
+    Shortcut,
+    block_shapes,
+    head,
+    initialize,
+    residual_function,
+    stem,
+)
 from revlib.sequential import ReversibleSequential
 
 
@@ -33,7 +40,7 @@ class Transition(nn.Module):
 
 
 class RevNet(nn.Module):
-    """A reversible residual classifier of small images, with three or more stages.
+    """A reversible residual classifier of small images, of any number of stages.
 
     All couplings between two transitions are rebuilt in backward; the stem, the transitions
     and the head are stored. So memory grows with the number of stages, not of blocks.
@@ -74,23 +81,21 @@ class RevNet(nn.Module):
         policy: Policy = "rebuild",
     ) -> None:
         super().__init__()
+        if any(width % 2 for width in widths):
+            raise ValueError(f"widths must be even, to be split in halves; got {tuple(widths)}")
         self.stem = stem(in_channels, widths[0])
         self.trunk = ReversibleSequential()
-        c_in = widths[0] // 2
-        for stage, (depth, width) in enumerate(zip(units, widths[1:], strict=True)):
-            c_out = (4 * width if bottleneck else width) // 2
-            for unit in range(depth):
-                stride = 2 if stage > 0 and unit == 0 else 1
-                f = residual_function(
-                    c_in, c_out, stride=stride, bottleneck=bottleneck, dropout=dropout
-                )
-                g = residual_function(c_out, c_out, bottleneck=bottleneck, dropout=dropout)
-                if stride > 1 or c_in != c_out:
-                    self.trunk.append(Transition(f, g, Shortcut(c_in, c_out, stride)), "store")
-                else:
-                    self.trunk.append(AdditiveCoupling(f, g), policy)
-                c_in = c_out
-        self.head = head(2 * c_in, num_classes)
+        halves = [width // 2 for width in widths]
+        for c_in, c_out, stride in block_shapes(units, halves, bottleneck):
+            f = residual_function(
+                c_in, c_out, stride=stride, bottleneck=bottleneck, dropout=dropout
+            )
+            g = residual_function(c_out, c_out, bottleneck=bottleneck, dropout=dropout)
+            if stride > 1 or c_in != c_out:
+                self.trunk.append(Transition(f, g, Shortcut(c_in, c_out, stride)), "store")
+            else:
+                self.trunk.append(AdditiveCoupling(f, g), policy)
+        self.head = head(2 * c_out, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

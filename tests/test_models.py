@@ -1,0 +1,98 @@
+"""The classifiers: the paper's sizes, twins that match, and training that equals the stored."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from revlib import AdditiveCoupling
+from revlib.models import ResNet, RevNet, create_model, model_names
+from revlib.models.revnet import Transition
+
+TINY = {"units": (2, 2, 2), "widths": (8, 8, 16, 32)}
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("resnet32", 0.46),
+        ("revnet38", 0.46),
+        ("resnet110", 1.73),
+        ("revnet110", 1.73),
+        ("resnet164", 1.66),
+        ("revnet164", 1.66),
+    ],
+)
+def test_parameters_are_those_of_the_paper_and_of_the_twin(name, millions):
+    assert count(create_model(name)) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_layers_with_weights_are_as_many_as_the_name_says(name):
+    layers = [m for m in create_model(name).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+    assert len(layers) == int(name[6:])
+
+
+@pytest.mark.parametrize("model", [ResNet, RevNet])
+@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize("size", [8, 32, 33])
+def test_images_of_any_size_become_logits(model, bottleneck, size):
+    net = model(**TINY, bottleneck=bottleneck, num_classes=7, in_channels=1, dropout=0.1)
+
+    assert net(torch.randn(2, 1, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_gradients_equal_the_stored_runs(policy, bottleneck, device):
+    model = RevNet(**TINY, bottleneck=bottleneck, dropout=0.2, policy=policy).double().to(device)
+    stored = copy.deepcopy(model)
+    stored.trunk.policy = "store"
+    x = torch.randn(4, 3, 16, 16, dtype=torch.double, device=device)
+    for net in (model, stored):
+        torch.manual_seed(1)
+        nn.functional.cross_entropy(net(x), torch.arange(4, device=device)).backward()
+
+    for (name, got), want in zip(model.named_parameters(), stored.parameters(), strict=True):
+        scale = want.grad.abs().max().item()
+        torch.testing.assert_close(
+            got.grad, want.grad, rtol=0, atol=1e-10 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for got, want in zip(model.buffers(), stored.buffers(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_everything_between_the_transitions_is_rebuilt():
+    model = create_model("revnet38")
+
+    assert [type(block) for block in model.trunk].count(Transition) == 2
+    for block, policy in zip(model.trunk, model.trunk.policies(), strict=True):
+        assert policy == ("rebuild" if isinstance(block, AdditiveCoupling) else "store")
+
+
+def test_policy_of_the_couplings_is_an_option():
+    policies = create_model("revnet38", policy="recompute").trunk.policies()
+
+    assert sorted(set(policies)) == ["recompute", "store"]
+
+
+def test_unknown_name_raises():
+    with pytest.raises(ValueError, match="name must be one of resnet32, .*; got 'revnet39'"):
+        create_model("revnet39")
+
+
+def test_odd_width_raises():
+    with pytest.raises(ValueError, match=r"widths must be even.*got \(9, 9, 16, 32\)"):
+        RevNet((1, 1, 1), (9, 9, 16, 32))
+
+
+@pytest.mark.parametrize("model", [ResNet, RevNet])
+def test_as_many_widths_as_stages_and_a_stem(model):
+    with pytest.raises(ValueError, match=r"widths must have one entry more than units"):
+        model((1, 1, 1), (8, 8, 16))
