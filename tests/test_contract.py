@@ -6,6 +6,7 @@ Names after "unlike" are libraries that broke the promise when it was measured.
 import copy
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +28,7 @@ from chains import (
     mlp,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from revlib import AdditiveCoupling, ReversibleSequential
@@ -661,6 +663,21 @@ def test_captured_tensor_trains_under_policy_store(device):
     assert leaf.grad.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+def test_captured_tensor_trains_where_nothing_else_of_the_chain_does(policy, device):
+    leaf = torch.ones(3, dtype=torch.double, device=device, requires_grad=True)
+
+    class Greedy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * leaf
+
+    chain = ReversibleSequential(AdditiveCoupling(Greedy(), nn.Tanh()), policy=policy)
+
+    loss_of(chain(CASES["linear"].inputs(device)[0].detach())).backward()
+
+    assert leaf.grad.abs().max() > 0.01
+
+
 @pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
 def test_sub_network_that_edits_its_input_raises(policy, device):
     chain = (
@@ -812,6 +829,33 @@ def test_a_chain_among_the_blocks_takes_the_outer_policy_and_no_third_evaluation
     step(chain, CASES["linear"].inputs(device))
 
     assert len(calls) == {"rebuild": 2, "store": 1}[policy]
+
+
+class CopyCounter(TorchDispatchMode):
+    """Counts the operations that move values without computing anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("cat", "clone", "copy_", "_to_copy", "contiguous"):
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_streams_are_split_and_merged_at_the_edges_only(depth, device):
+    block = lambda: AdditiveCoupling(nn.Tanh(), nn.Tanh())  # noqa: E731
+    chain = ReversibleSequential(*(block() for _ in range(depth)))
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+
+    with CopyCounter() as counter:
+        chain(x).sum().backward()
+
+    # Forward: two halves made dense, one merge. Backward: the same for output and gradient.
+    assert counter.counts == {"clone": 4, "cat": 2}
 
 
 def test_wrong_inverse_of_a_users_block_raises(device):

@@ -83,7 +83,7 @@ def test_policy_of_the_couplings_is_an_option():
 
 
 def test_unknown_name_raises():
-    with pytest.raises(ValueError, match="name must be one of resnet32, .*; got 'revnet39'"):
+    with pytest.raises(ValueError, match=r"name must be one of resnet32, .*; got 'revnet39'"):
         create_model("revnet39")
 
 
