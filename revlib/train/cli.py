@@ -1,0 +1,137 @@
+"""The command `revlib train`: one option per setting, and one line per error."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from typer import Option
+
+from revlib.models import model_names
+from revlib.train.display import progress_bar, result_table
+from revlib.train.errors import CheckpointError, InputError, Interrupted, NonFiniteError
+from revlib.train.loop import train
+from revlib.train.settings import POLICIES, PRECISIONS, Settings
+
+app = typer.Typer(
+    help="Reversible networks for PyTorch.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 bad input, 128 + signal interrupted."""
+    try:
+        sys.exit(app(arguments, prog_name="revlib", standalone_mode=False))
+    except typer.TyperException as error:
+        print(f"revlib train: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback()
+def revlib() -> None:
+    """Reversible networks for PyTorch."""  # Its being there makes `train` a subcommand.
+
+
+@app.command("train")
+def train_command(
+    data: Annotated[
+        str, Option(help="`digits`, an .npz file as Keras writes it, or a folder by class.")
+    ],
+    out: Annotated[Path, Option(help="The folder of the run.")],
+    model: Annotated[str, Option(help=f"{', '.join(model_names())}.")] = Settings.model,
+    policy: Annotated[str, Option(help=f"For a revnet: {', '.join(POLICIES)}.")] = Settings.policy,
+    dropout: Annotated[float, Option(help="Share of activations to drop.")] = Settings.dropout,
+    epochs: Annotated[int, Option(help="Times to see every training image.")] = Settings.epochs,
+    batch_size: Annotated[
+        int, Option(help="Images per step, over all processes and parts.")
+    ] = Settings.batch_size,
+    lr: Annotated[float, Option(help="Peak learning rate.")] = Settings.lr,
+    weight_decay: Annotated[float, Option(help="L2 penalty.")] = Settings.weight_decay,
+    image_size: Annotated[
+        int | None, Option(help="Resize the images of a folder to squares.")
+    ] = Settings.image_size,
+    augment: Annotated[
+        bool, Option("--augment", help="Random crops (border 4) and mirror images.")
+    ] = Settings.augment,
+    seed: Annotated[int, Option(help="Of everything random.")] = Settings.seed,
+    mixed_precision: Annotated[
+        str, Option(help=f"{', '.join(PRECISIONS)}.")
+    ] = Settings.mixed_precision,
+    accumulate: Annotated[
+        int, Option(help="Parts to split a batch into, to need less memory.")
+    ] = Settings.accumulate,
+    checkpoint_every: Annotated[
+        int, Option(help="Steps between checkpoints; each epoch ends with one.")
+    ] = Settings.checkpoint_every,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in --out.")] = False,
+    quiet: Annotated[bool, Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Trains a classifier on labelled images.
+
+    Ctrl-C and SIGTERM write a checkpoint and leave; `--resume` goes on from the last one, to the
+    same result. On several devices: `accelerate launch -m revlib.train ...`.
+    """
+    with one_line_errors():
+        settings = Settings(
+            data=data,
+            out=out,
+            model=model,
+            policy=policy,
+            dropout=dropout,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            image_size=image_size,
+            augment=augment,
+            seed=seed,
+            mixed_precision=mixed_precision,
+            accumulate=accumulate,
+            checkpoint_every=checkpoint_every,
+        )
+        if quiet or not is_main_process():
+            train(settings, resume=resume)
+        else:
+            with progress_bar(settings.epochs) as show:
+                result = train(settings, resume=resume, on_progress=show)
+            Console().print(result_table(result, settings))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the command with one line and a status of its own for each way to fail."""
+    try:
+        yield
+    except Interrupted as error:
+        fail(str(error), 128 + error.signal_number)
+    except KeyboardInterrupt:
+        fail("stopped before the first step", 130)
+    except InputError as error:
+        options = {field.name for field in dataclasses.fields(Settings)}
+        message = str(error)
+        if error.argument in options:
+            option = "--" + error.argument.replace("_", "-")
+            message = option + message.removeprefix(error.argument)
+        fail(message, 2)
+    except CheckpointError as error:
+        fail(str(error), 2)
+    except (NonFiniteError, OSError) as error:
+        fail(str(error), 1)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    if is_main_process():
+        print(f"revlib train: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,90 @@
+"""What a checkpoint holds, and how it gets there and back.
+
+Accelerate writes and reads the model, the optimizer and the gradient scaler. `run.json`
+beside them holds the rest: the settings that decide the result, and how far the run is.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from revlib.train import checkpoint
+from revlib.train.errors import CheckpointError, InputError
+from revlib.train.results import Epoch
+
+FILE = "run.json"
+
+
+@dataclass
+class State:
+    """How far a run is.
+
+    Args:
+        step: Optimizer steps taken.
+        seconds: The time they took.
+        totals: Of the epoch so far, for each process: the sum of losses, and of right answers.
+        history: The epochs that are complete.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    totals: list[list[float]] = field(default_factory=list)
+    history: list[Epoch] = field(default_factory=list)
+
+
+def save(accelerator: Accelerator, out: Path, settings: dict[str, Any], state: State) -> None:
+    """Writes a checkpoint; every process has to call it."""
+    partial = checkpoint.partial_path(out, state.step)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)  # A kill may have left one half written.
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(partial)
+    # On a full disk, each library that writes a part of it raises an error of its own.
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{partial} could not be written; is the disk full? ({reason})") from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        record = {"settings": settings, **dataclasses.asdict(state)}
+        (partial / FILE).write_text(json.dumps(record, indent=2))
+        checkpoint.publish(partial)
+
+
+def load(accelerator: Accelerator, out: Path, settings: dict[str, Any]) -> State:
+    """Reads the latest checkpoint; every process has to call it."""
+    path = checkpoint.latest(out)
+    record = json.loads((path / FILE).read_text())
+    for name, value in record.pop("settings").items():
+        if settings.get(name) != value:
+            raise InputError(
+                name, f"must stay {value}, as in the run in {out}", settings.get(name)
+            )
+    try:
+        accelerator.load_state(path)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} was written for another model: {reason}") from error
+    record["history"] = [Epoch(**epoch) for epoch in record["history"]]
+    return State(**record)
+
+
+def keep_names_plain(accelerator: Accelerator) -> None:
+    """Keeps the prefix that several processes' wrapper gives to weights out of checkpoints.
+
+    So `model.safetensors` fits the plain model, whatever the run was launched with.
+    """
+
+    def unwrap_weights(models: list, weights: list, folder: str) -> None:
+        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+
+    def unwrap_models(models: list, folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(unwrap_weights)
+    accelerator.register_load_state_pre_hook(unwrap_models)

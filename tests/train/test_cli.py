@@ -1,0 +1,182 @@
+"""The command: its options, its output, and a line and a status for each way to fail."""
+
+import dataclasses
+import json
+import resource
+
+import numpy as np
+import pytest
+from training_runs import options
+
+from revlib.train import Settings, cli
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process; returns its status and what it wrote."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["train", *arguments])
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_every_setting_is_an_option_that_arrives(monkeypatch, run, tmp_path):
+    settings = Settings(
+        data="images", out=tmp_path, model="revnet110", policy="store", dropout=0.2, epochs=3,
+        batch_size=4, lr=0.5, weight_decay=0.6, image_size=7, augment=True, seed=8,
+        mixed_precision="bf16", accumulate=2, checkpoint_every=9,
+    )  # fmt: skip
+    defaults = Settings(data="digits", out=tmp_path / "default")
+    fields = dataclasses.asdict(settings).items()
+    assert all(value != getattr(defaults, name) for name, value in fields)
+    seen = []
+    monkeypatch.setattr(cli, "train", lambda settings, *, resume: seen.append(settings))
+
+    run(*options(settings), "--quiet")
+
+    assert seen == [settings]
+
+
+def test_defaults_are_those_of_the_settings(monkeypatch, run, tmp_path):
+    seen = []
+    monkeypatch.setattr(cli, "train", lambda settings, *, resume: seen.append(settings))
+
+    run("--data", "digits", "--out", str(tmp_path), "--quiet")
+
+    assert seen == [Settings(data="digits", out=tmp_path)]
+
+
+def test_finished_run_shows_its_accuracy_and_its_folder(run, settings, linear_model):
+    status, output, _ = run(*options(settings))
+
+    summary = json.loads((settings.out / "summary.json").read_text())
+    assert f"{summary['test_accuracy']:.2%}" in output
+    assert status == 0
+
+
+def test_every_epoch_leaves_a_line(run, settings, linear_model):
+    _, _, progress = run(*options(settings))
+
+    lines = [line for line in progress.splitlines() if "test loss" in line]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+
+
+def test_quiet_run_writes_nothing(run, settings, linear_model):
+    assert run(*options(settings), "--quiet") == (0, "", "")
+
+
+def test_other_processes_than_the_first_write_nothing(run, settings, linear_model, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+
+    assert run(*options(settings)) == (0, "", "")
+
+
+def test_resume_goes_on(run, settings, linear_model):
+    run(*options(settings))
+
+    assert run(*options(settings), "--resume", "--quiet") == (0, "", "")
+
+
+BAD_INPUT = [
+    (["--epochs", "0"], "--epochs must be at least 1; got 0"),
+    (["--epochs", "many"], "Invalid value for '--epochs'"),
+    (["--batch-size", "-1"], "--batch-size must be at least 1; got -1"),
+    (["--batch-size", "2000"], "--batch-size must be at most 96, "),
+    (["--lr", "nan"], "--lr must be above 0 and finite; got nan"),
+    (["--model", "vgg"], "--model must be one of resnet32, "),
+    (["--data", "no/such.npz"], "--data must be digits, an .npz file or a folder of images; got "),
+    (["--image-size", "4"], "--image-size is for a folder of images; got data "),
+    (["--mixed-precision", "fp16"], "--mixed-precision must be one that this machine can do"),
+    (["--out", __file__], "--out must be a folder that can be written; got "),
+    (["--out", f"{__file__}/run"], "--out must be a folder that can be written; got "),
+    (["--resume"], "--out must hold a run to resume; got "),
+    (["--no-such-option"], "No such option"),
+]
+
+
+@pytest.mark.parametrize("given, line", BAD_INPUT, ids=[" ".join(given) for given, _ in BAD_INPUT])
+def test_bad_input_gets_one_line_and_status_2(run, settings, given, line):
+    status, output, errors = run(*options(settings), *given)
+
+    assert errors.startswith(f"revlib train: {line}")
+    assert errors.count("\n") == 1
+    assert (status, output) == (2, "")
+
+
+@pytest.mark.parametrize("option", ["--data", "--out"])
+def test_missing_option_is_named(run, settings, option):
+    given = options(settings)
+    place = given.index(option)
+
+    status, _, errors = run(*given[:place], *given[place + 2 :])
+
+    assert errors == f"revlib train: Missing option '{option}'.\n"
+    assert status == 2
+
+
+def test_wrong_images_get_one_line_and_status_2(run, settings, arrays, tmp_path):
+    np.savez(tmp_path / "wrong.npz", **(arrays | {"x_test": arrays["x_test"] * np.nan}))
+
+    status, _, errors = run(*options(settings), "--data", str(tmp_path / "wrong.npz"))
+
+    line = "x_test must be finite; got NaN or infinity in image 0"
+    assert errors == f"revlib train: {line}\n"
+    assert status == 2
+
+
+def test_damaged_checkpoint_gets_one_line_and_status_2(run, settings, linear_model):
+    run(*options(settings))
+    (settings.out / "latest" / "optimizer.bin").unlink()
+
+    status, _, errors = run(*options(settings), "--resume")
+
+    assert errors.startswith(
+        f"revlib train: {settings.out}/latest cannot be resumed: optimizer.bin"
+    )
+    assert errors.count("\n") == 1
+    assert status == 2
+
+
+def test_divergence_gets_one_line_and_status_1(run, settings, linear_model):
+    status, _, errors = run(*options(settings), "--lr", "1e30")
+
+    last_line = errors.splitlines()[-1]
+    assert last_line.startswith(("revlib train: loss must", "revlib train: weights must"))
+    assert status == 1
+
+
+@pytest.fixture
+def full_disk():
+    """Lets no file grow beyond 100 KiB, which fails in the places where a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 2**10, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_gets_one_line_and_status_1(run, settings, full_disk):
+    status, _, errors = run(*options(settings))
+
+    partial = settings.out / "checkpoints" / "step-00000000.partial"
+    assert errors.startswith(f"revlib train: {partial} could not be written; is the disk full? (")
+    assert errors.count("\n") == 1
+    assert status == 1
+
+
+def test_interrupt_before_training_gets_one_line_and_status_130(run, settings, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupt)
+
+    assert run(*options(settings)) == (130, "", "revlib train: stopped before the first step\n")
+
+
+def test_help_names_every_setting(run):
+    _, output, _ = run("--help")
+
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')} " in output
