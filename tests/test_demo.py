@@ -1,0 +1,131 @@
+"""The demo, with fewer epochs and seeds than `make demo` has."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+import revlib
+from benchmarks import demo, twins
+from benchmarks.twins import RESNET, REVNET, STORED, Comparison, Run
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def comparison():
+    runs = [
+        Run(RESNET.label, seed, 1.0, [0.1, accuracy])
+        for seed, accuracy in enumerate((0.91, 0.92, 0.93))
+    ]
+    seconds = {RESNET.label: [1.0, 10.0, 2.0], REVNET.label: [2.0, 20.0, 2.0]}
+    return Comparison(None, 0, 0, (1, 8, 8), runs, {}, {}, {}, seconds)
+
+
+def test_accuracy_is_the_mean_of_the_last_epoch_and_its_standard_error(comparison):
+    assert comparison.accuracy(RESNET) == pytest.approx((0.92, 0.01 / 3**0.5))
+
+
+def test_time_ratio_pairs_the_steps_of_a_round(comparison):
+    assert comparison.time_ratio(REVNET, RESNET) == 2.0
+
+
+def test_twins_are_the_models_that_are_trained():
+    images = SimpleNamespace(classes=10, x_train=torch.zeros(1, 3, 32, 32))
+    for contender in twins.TRAINED:
+        trained = revlib.models.create_model(contender.name)
+
+        assert str(contender.build(images)) == str(trained)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The folder in which the demo ran, and what it printed on 80 columns."""
+    folder, threads = tmp_path_factory.mktemp("demo"), torch.get_num_threads()
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(demo, "EPOCHS", 1)
+        patch.setattr(demo, "SEEDS", range(2))
+        patch.setattr(twins, "ROUNDS", 2)
+        demo.demo(console)
+    yield SimpleNamespace(folder=folder, text=console.file.getvalue())
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def record(shown):
+    return json.loads((shown.folder / "runs" / "demo" / "demo.json").read_text())
+
+
+@pytest.mark.slow
+def test_demo_ends_by_naming_its_files(shown):
+    names = shown.text.splitlines()[-1].removeprefix("Wrote ").split(", ")
+
+    assert [Path(name).suffix for name in names] == [".png", ".md", ".json"]
+    assert all((shown.folder / name).stat().st_size > 0 for name in names)
+
+
+@pytest.mark.slow
+def test_demo_fits_in_80_columns(shown):
+    assert "RevNet-38 stored" in shown.text
+    assert "…" not in shown.text
+    assert max(map(len, shown.text.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_demo_says_what_its_figures_come_from(record):
+    made_by = record["made_by"]
+
+    assert made_by["command"] == "make demo"
+    assert made_by["date"] == date.today().isoformat()
+    assert (made_by["torch"], made_by["revlib"]) == (torch.__version__, revlib.__version__)
+    assert made_by["device"]
+
+
+@pytest.mark.slow
+def test_demo_trains_both_twins_with_every_seed_in_turn(record):
+    runs = [(run["label"], run["seed"]) for run in record["runs"]]
+
+    assert runs == [(twin.label, seed) for seed in (0, 1) for twin in (RESNET, REVNET)]
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_depth_for_the_revnet_alone(record):
+    peaks = {label: list(by_layers.values()) for label, by_layers in record["peak_bytes"].items()}
+
+    assert len(set(peaks[REVNET.label])) == 1
+    for label in (RESNET.label, STORED.label):
+        assert peaks[label] == sorted(set(peaks[label]))
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_with_one_line(tmp_path):
+    process = subprocess.Popen(
+        (sys.executable, "-m", "benchmarks.demo"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list(tmp_path.glob("*/resnet32-seed0/latest")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 128 + signal.SIGINT
+    assert printed.splitlines()[-1] == "Stopped."
+    assert "Traceback" not in printed
