@@ -131,14 +131,14 @@ def test_installed_package_is_imported_from_its_environment(python, outside):
 
 @pytest.mark.slow
 def test_installed_core_imports_no_extra(python, outside):
-    extras = ["accelerate", "datasets", "matplotlib", "PIL", "rich", "sklearn", "typer"]
+    extras = ["accelerate", "datasets", "matplotlib", "numpy", "PIL", "rich", "sklearn", "typer"]
+    script = f"""
+import sys, torch
+sys.modules.update(dict.fromkeys({extras}))  # a module that is None cannot be imported
+import revlib.memory, revlib.models, revlib.testing
+"""
 
-    # A module that is None cannot be imported.
-    run(
-        *(python, "-c"),
-        f"import sys; sys.modules.update(dict.fromkeys({extras})); import revlib, revlib.models",
-        cwd=outside,
-    )
+    run(python, "-c", script, cwd=outside)
 
 
 @pytest.mark.slow
