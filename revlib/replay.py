@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -79,9 +78,8 @@ class Evaluate:
 
 
 class Slot(NamedTuple):
-    """A place in a module that holds a parameter or buffer, and what it held."""
+    """A place in a module for a parameter or buffer, and the tensor that it held."""
 
-    name: str
     holder: dict[str, Tensor | None]
     key: str
     tensor: Tensor
@@ -101,7 +99,7 @@ class Evaluation:
         modes: `training` of each part.
         parameters: The parameters it was evaluated with.
         constants: The buffers that it left as they were.
-        priors: The buffers that it changed, by name, as they were before.
+        priors: The buffers that it changed, with copies of what they held before.
         scratch: The buffers that it wrote without reading them.
         rng: The RNG states it started from, or None where it drew nothing.
     """
@@ -111,14 +109,15 @@ class Evaluation:
     modes: list[bool]
     parameters: list[Slot]
     constants: list[Slot]
-    priors: dict[str, Tensor]
+    priors: list[Slot]
     scratch: list[Slot]
     rng: Streams | None
 
     @property
     def state_bytes(self) -> int:
         """The bytes of replay state: RNG states and prior values of buffers."""
-        return sum(state.nbytes for state in (*self.priors.values(), *(self.rng or ())))
+        states = [slot.tensor for slot in self.priors] + list(self.rng or ())
+        return sum(state.nbytes for state in states)
 
 
 class Record(Evaluate):
@@ -132,23 +131,22 @@ class Record(Evaluate):
         device = args[0].device
         rng = _rng_states(device)
         parts, parameters, buffers, scratch = [], [], [], []
-        for prefix, part in module.named_modules():
-            prefix = prefix and prefix + "."
+        for part in module.modules():
             parts.append(part)
-            parameters += _slots(prefix, part._parameters)
+            parameters += _slots(part._parameters)
             writes_only = part.training and type(part).forward in _WRITE_STATISTICS_ONLY
-            (scratch if writes_only else buffers).extend(_slots(prefix, part._buffers))
+            (scratch if writes_only else buffers).extend(_slots(part._buffers))
         modes = [part.training for part in parts]
         before = [(slot, slot.tensor._version, slot.tensor.clone()) for slot in buffers]
 
         value = super()._call(module, args)
 
-        constants, priors = [], {}
+        constants, priors = [], []
         for slot, version, prior in before:
             if slot.is_untouched() and slot.tensor._version == version:
                 constants.append(slot)
             else:
-                priors[slot.name] = prior
+                priors.append(slot._replace(tensor=prior))
         drew = not all(map(torch.equal, rng, _rng_states(device)))
         self.evaluations.append(
             Evaluation(
@@ -242,45 +240,47 @@ class Replay(Evaluate):
         return tuple(v.detach() for v in values), pullback
 
     def invert(self, module: nn.Module, y: Tensor) -> Tensor:
-        """Returns the input of a block that was evaluated whole, by its own `inverse`."""
+        """Returns the input of a block that was evaluated whole, by the block's own inverse."""
         evaluation = self._pending[module][-1]
-        with torch.no_grad():
-            return self._replay(evaluation, Inverse(module), (y,), prefix="block.")
+        with torch.no_grad(), self._as_the_first_time(evaluation, y.device):
+            return super()._call(
+                Inverse(module), (y,) if self.context is None else (y, self.context)
+            )
 
     def _call(self, module: nn.Module, args: Streams) -> Tensor:
-        return self._replay(self._pending[module].pop(), module, args)
+        evaluation = self._pending[module].pop()
+        with self._as_the_first_time(evaluation, args[0].device):
+            return super()._call(module, args)
 
-    def _replay(
-        self, evaluation: Evaluation, module: nn.Module, args: Streams, prefix: str = ""
-    ) -> Tensor:
-        substitutes = self._substitutes(evaluation)
+    @contextmanager
+    def _as_the_first_time(self, evaluation: Evaluation, device: torch.device) -> Iterator[None]:
         with (
             _modes_set(evaluation.parts, evaluation.modes),
-            _rng_set(args[0].device, evaluation.rng),
+            _tensors_set(self._substitutes(evaluation)),
+            _rng_set(device, evaluation.rng),
             self._autocast.restored(),
         ):
-            if not substitutes:
-                return module(*args)
-            tensors = {prefix + name: tensor for name, tensor in substitutes.items()}
-            return functional_call(module, tensors, args)
+            yield
 
-    def _substitutes(self, evaluation: Evaluation) -> dict[str, Tensor]:
-        """Returns what the module must see in place of the tensors it holds now, by name."""
-        seen = {slot.name: slot.holder[slot.key].clone() for slot in evaluation.scratch}
-        seen.update((name, prior.clone()) for name, prior in evaluation.priors.items())
-        seen.update(
-            (slot.name, slot.tensor) for slot in evaluation.constants if not slot.is_untouched()
-        )
+    def _substitutes(self, evaluation: Evaluation) -> list[tuple[Slot, Tensor]]:
+        """Returns what places of the module must hold in place of what they hold now."""
+        found = [(slot, slot.holder[slot.key].clone()) for slot in evaluation.scratch]
+        found += [(slot, slot.tensor.clone()) for slot in evaluation.priors]
+        found += [(slot, slot.tensor) for slot in evaluation.constants if not slot.is_untouched()]
+        stand_ins = {}
         for slot in evaluation.parameters:
             parameter = slot.tensor
             # A hook on the parameter would run in our gradient pass and once more when the
             # gradient we return reaches the parameter.
             if slot.is_untouched() and parameter.is_leaf and not parameter._backward_hooks:
                 continue
-            seen[slot.name] = _leaf(parameter)
+            if parameter not in stand_ins:
+                stand_ins[parameter] = _leaf(parameter)
+            found.append((slot, stand_ins[parameter]))
+        for parameter, stand_in in stand_ins.items():
             if parameter in self._places:
-                self._places[seen[slot.name]] = self._places[parameter]
-        return seen
+                self._places[stand_in] = self._places[parameter]
+        return found
 
     def _reached_leaves(self, roots: list[Node], born: range, streams: Streams) -> list[Tensor]:
         leaves, older = graph.reached(roots, born)
@@ -331,9 +331,10 @@ class Autocast:
         torch.clear_autocast_cache()
         with ExitStack() as stack:
             for kind, dtype, enabled in self.states:
-                stack.enter_context(
-                    torch.autocast(kind, dtype, enabled, cache_enabled=self.cache_enabled)
-                )
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(
+                        torch.autocast(kind, dtype, enabled, cache_enabled=self.cache_enabled)
+                    )
             yield
 
 
@@ -350,8 +351,21 @@ def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
     return term if total is None else total if term is None else total + term
 
 
-def _slots(prefix: str, holder: dict[str, Tensor | None]) -> list[Slot]:
-    return [Slot(prefix + k, holder, k, t) for k, t in holder.items() if t is not None]
+def _slots(holder: dict[str, Tensor | None]) -> list[Slot]:
+    return [Slot(holder, key, tensor) for key, tensor in holder.items() if tensor is not None]
+
+
+@contextmanager
+def _tensors_set(substitutes: list[tuple[Slot, Tensor]]) -> Iterator[None]:
+    """Does what `torch.func.functional_call` does, without looking the places up by name."""
+    now = [slot.holder[slot.key] for slot, _ in substitutes]
+    for slot, tensor in substitutes:
+        slot.holder[slot.key] = tensor
+    try:
+        yield
+    finally:
+        for (slot, _), tensor in zip(substitutes, now, strict=True):
+            slot.holder[slot.key] = tensor
 
 
 @contextmanager
