@@ -32,10 +32,11 @@ check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a min
 test: check ## check, then every other test
 	$(BIN)/python -m pytest -m slow
 
-bench: $(INSTALLED) ## memory and time of training steps, as a table, a picture and JSON
+bench: $(INSTALLED) ## memory and time of training steps, ours and the peers': table, picture, JSON
 	@mkdir -p $(RUNS)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RUNS)/bench/benchmarks.json
-	$(BIN)/python -m benchmarks.report $(RUNS)/bench/benchmarks.json
+	$(BIN)/python -m benchmarks.peers $(RUNS)/bench/peers
+	$(BIN)/python -m revlib.benchmarking $(RUNS)/bench/benchmarks.json $(RUNS)/bench/peers/*.json
 
 gpu-test: gpu ## the tests that run on a device, on the GPU
 	$(PY) -m pytest tests --device cuda
@@ -43,7 +44,7 @@ gpu-test: gpu ## the tests that run on a device, on the GPU
 gpu-bench: gpu ## the benchmarks, on the GPU
 	@mkdir -p $(RUNS)/gpu-bench
 	$(PY) -m pytest benchmarks --device cuda --benchmark-json=$(RUNS)/gpu-bench/benchmarks.json
-	$(PY) -m benchmarks.report $(RUNS)/gpu-bench/benchmarks.json
+	$(PY) -m revlib.benchmarking $(RUNS)/gpu-bench/benchmarks.json
 
 gpu:
 	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
