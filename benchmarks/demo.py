@@ -5,6 +5,7 @@ Run:    make demo
 Takes about a minute on two cores. The digits are the 1,797 that scikit-learn ships.
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ TITLE = "RevNet-38 and its twin ResNet-32 on handwritten digits"
 SOURCE = "the handwritten digits that scikit-learn ships"
 EPOCHS = 10
 SEEDS = range(3)
+LINE = 80
 
 
 def main() -> None:
@@ -24,7 +26,9 @@ def main() -> None:
         demo(console)
     except KeyboardInterrupt:
         console.print("Stopped.")
-        sys.exit(130)
+        os._exit(130)  # At once: on the way out, PyTorch would tidy up for seconds.
+    except OSError as error:
+        sys.exit(f"demo: {error}")
 
 
 def demo(console: Console) -> None:
@@ -32,35 +36,25 @@ def demo(console: Console) -> None:
     # Imported here, so that Ctrl-C is handled while PyTorch loads, too.
     import torch
 
-    from benchmarks.twins import compare, progress_bars
-    from benchmarks.twins_report import (
-        describe_outcome,
-        describe_training,
-        environment,
-        result_table,
-        write_report,
-    )
+    from benchmarks import twins, twins_report
     from revlib.train import Settings
 
     # With images this small, a second thread waits more than it works.
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
+    heading = "{device}, Python {Python}, torch {torch}, revlib {revlib}, {date}\n"
     console.print(TITLE, style="bold")
-    console.print(
-        "{device}, Python {Python}, torch {torch}, revlib {revlib}, {date}".format_map(
-            environment()
-        )
-    )
-    console.print()
-    with tempfile.TemporaryDirectory() as runs, progress_bars(console) as progress:
+    console.print(heading.format_map(twins_report.environment()))
+
+    with tempfile.TemporaryDirectory() as runs, twins.progress_bars(console) as progress:
         settings = Settings(data="digits", out=Path(runs), epochs=EPOCHS, batch_size=64, lr=0.1)
-        comparison = compare(settings, SEEDS, progress)
-    console.print(result_table(comparison))
-    console.print(describe_outcome(comparison))
-    console.print()
-    console.print(describe_training(SOURCE, comparison), style="dim")
-    console.print()
-    files = write_report(FOLDER / "demo", TITLE, SOURCE, "make demo", comparison)
+        comparison = twins.compare(settings, SEEDS, progress)
+
+    console.print(twins_report.result_table(comparison))
+    console.print(twins_report.describe_outcome(comparison) + "\n", width=LINE)
+    training = twins_report.describe_training(SOURCE, comparison)
+    console.print(training + "\n", width=LINE, style="dim")
+    files = twins_report.write_report(FOLDER / "demo", TITLE, SOURCE, "make demo", comparison)
     console.print("Wrote", ", ".join(map(str, files)))
 
 

@@ -100,7 +100,7 @@ def rows(comparison: Comparison) -> Iterator[list[str]]:
 def result_table(comparison: Comparison) -> Table:
     """Lays the figures out for a terminal of 80 columns or more."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for contender in CONTENDERS:
         style = "bold" if contender is REVNET else None
         table.add_column(contender.label, justify="right", no_wrap=True, style=style)
