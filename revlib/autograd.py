@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # the public torch.compiler.disable imports Dynamo
 from torch.autograd.function import once_differentiable
+from torch.nn.parameter import UninitializedTensorMixin
 
 from revlib.invertible import InvertibleModule
-from revlib.replay import Autocast, Evaluate, Record, Replay
+from revlib.replay import Autocast, Evaluate, Record, Replay, autocast_is_on
 from revlib.streams import Form, Stream, Streams, convert, enter, form_within, leave, settle
 
 Policy = Literal["rebuild", "store", "recompute"]
@@ -29,6 +30,7 @@ class Leg:
     block: nn.Module
     label: str
     policy: Policy
+    parameters: Streams
     form: Form
     run: Callable[[nn.Module, Streams, Evaluate], Streams]
     run_backward: Callable[[nn.Module, Streams, Streams, Replay], tuple[Streams, Streams]]
@@ -39,12 +41,16 @@ class Leg:
 
 def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = False) -> Leg:
     """Returns the leg for a block; one that carries hooks is called whole, so they fire."""
+    parameters = tuple(block.parameters())
+    if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
+        policy = "store"  # autograd cannot pass on parameters that have no shape yet
     on_streams = isinstance(block, InvertibleModule) and not has_hooks(block)
     cls = type(block) if on_streams else InvertibleModule
     return Leg(
         block,
         f"block {name} ({type(block).__name__})",
         policy,
+        parameters,
         block.form if on_streams else "whole",
         cls.inverse_streams if inverse else cls.forward_streams,
         cls.inverse_backward_streams if inverse else cls.backward_streams,
@@ -66,10 +72,16 @@ def run_chain(legs: list[Leg], x: Stream, context: Tensor | None) -> tuple[Strea
     streams, entry = enter(x)
     if context is not None and not isinstance(context, Tensor):
         raise TypeError(f"context must be a tensor or None; got {type(context).__name__}")
-    if torch.is_autocast_enabled(streams[0].device.type):
+    if autocast_is_on(streams[0].device):
         # Rebuilding a half-precision stream would lose most of its digits.
         streams = tuple(s.float() if s.dtype.itemsize < 4 else s for s in streams)
-    keeps_all = all(leg.policy == "store" for leg in legs) or not torch.is_grad_enabled()
+    keeps_all = (
+        not torch.is_grad_enabled()
+        or all(leg.policy == "store" for leg in legs)
+        # An exported or traced graph is for inference.
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+    )
     run = _run_storing if keeps_all else _run_rebuilding
     streams, state_bytes = run(legs, streams, entry, context)
     return leave(streams), state_bytes
@@ -88,13 +100,16 @@ def _run_storing(
 def _run_rebuilding(
     legs: list[Leg], streams: Streams, entry: Form, context: Tensor | None
 ) -> tuple[Streams, int]:
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func transforms differentiate a ReversibleSequential under policy='store' only"
+        )
     form = entry
     tape = Tape()
     previous_rebuilds = False
     for leg, following in zip(legs, [*legs[1:], None], strict=True):
-        parameters = tuple(leg.block.parameters())
         needs_grad = any(
-            t is not None and t.requires_grad for t in (*streams, context, *parameters)
+            t is not None and t.requires_grad for t in (*streams, context, *leg.parameters)
         )
         if leg.policy == "store" or not needs_grad:
             streams, form = _store(leg, streams, form, entry, context)
@@ -109,7 +124,7 @@ def _run_rebuilding(
             keeps_output=following is None or following.policy == "store",
             hands_on=previous_rebuilds,
         )
-        streams = BlockFunction.apply(node, tape, context, *streams, *parameters)
+        streams = BlockFunction.apply(node, tape, context, *streams, *leg.parameters)
         form = node.form_out
         previous_rebuilds = leg.policy == "rebuild"
     return convert(streams, form, entry), tape.state_bytes

@@ -6,6 +6,7 @@ buffers that the first one saw. It leaves no trace: the module's own buffers and
 RNG state stay as the forward pass left them.
 """
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -147,7 +148,7 @@ class Record(Evaluate):
                 constants.append(slot)
             else:
                 priors.append(slot._replace(tensor=prior))
-        drew = not all(map(torch.equal, rng, _rng_states(device)))
+        drew = any(map(_differ, rng, _rng_states(device)))
         self.evaluations.append(
             Evaluation(
                 module, parts, modes, parameters, constants, priors, scratch, rng if drew else None
@@ -338,6 +339,12 @@ class Autocast:
             yield
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Tells whether autocast is in force for operations on `device`."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _version(x: Tensor) -> int | None:
     """Returns what an in-place write changes, or None where writes are not counted."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -390,6 +397,12 @@ def _rng_states(device: torch.device) -> Streams:
     elif device.type not in ("cpu", "meta"):
         states += (torch.get_device_module(device).get_rng_state(device),)
     return states
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    # Raw bytes, because torch.equal would go through whatever dispatch mode is on, and under
+    # FakeTensorMode there is nothing to compare.
+    return ctypes.string_at(a.data_ptr(), a.nbytes) != ctypes.string_at(b.data_ptr(), b.nbytes)
 
 
 def _set_rng_states(device: torch.device, states: Streams) -> None:

@@ -154,7 +154,9 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 
     def _run(self, legs: list[Leg], x: Stream, context: Tensor | None) -> Stream:
         self._refuse_sharded_blocks()
-        y, self.replay_state_bytes = run_chain(legs, x, context)
+        y, state_bytes = run_chain(legs, x, context)
+        if state_bytes != self.replay_state_bytes:  # an exported graph must not write attributes
+            self.replay_state_bytes = state_bytes
         return y
 
     def _legs(self, prefix: str = "", *, inverse: bool = False, store: bool = False) -> list[Leg]:

@@ -28,6 +28,7 @@ from chains import (
     mlp,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -878,3 +879,72 @@ def test_replay_state_is_counted(device):
 
     assert plain.replay_state_bytes == 0
     assert counted.replay_state_bytes == 6 * Drift(3).double().phase.nbytes
+
+
+def test_lazy_modules_take_their_shapes_in_the_first_call(device):
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(3), nn.Tanh())
+
+    torch.manual_seed(0)
+    chain = ReversibleSequential(*(AdditiveCoupling(lazy(), lazy()) for _ in range(2)))
+    (x,) = CASES["linear"].inputs(device)
+    chain.double().to(device)
+    torch.manual_seed(0)
+    first = step(chain, (x,))
+    for leaf in (x, *chain.parameters()):
+        leaf.grad = None
+
+    assert_same(step(chain, (x,)), first)
+
+
+def test_optimizer_step_in_a_parameters_hook_does_not_disturb_backward(device):
+    results = []
+    for model in (CASES["linear"].make(device), stored_twin(CASES["linear"].make(device))):
+        for parameter in model.parameters():
+            optimizer = torch.optim.SGD([parameter], lr=0.1)
+            parameter.register_post_accumulate_grad_hook(lambda _, o=optimizer: o.step())
+        step(model, CASES["linear"].inputs(device))
+        results.append({name: p.detach() for name, p in model.named_parameters()})
+
+    assert_same(*results)
+
+
+def test_fake_tensors_run_a_whole_step():
+    with FakeTensorMode():
+        chain = CASES["dropout"].make()
+        x = torch.randn(2, 6, 4, 4, dtype=torch.double, requires_grad=True)
+        chain(x).sum().backward()
+
+    assert x.grad.shape == x.shape
+
+
+def test_meta_tensors_run_a_whole_step():
+    chain = CASES["conv-batchnorm"].make().to("meta")
+    x = torch.empty(2, 6, 4, 4, dtype=torch.double, device="meta", requires_grad=True)
+
+    chain(x).sum().backward()
+
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_gives_the_same_values(strict):
+    case = CASES["conv-batchnorm"]
+    chain = case.make().eval()
+    (x,) = case.inputs()
+
+    exported = torch.export.export(chain, (x.detach(),), strict=strict).module()
+
+    torch.testing.assert_close(exported(x.detach()), chain(x))
+
+
+def test_torch_func_transforms_need_policy_store(device):
+    chain, (x,) = CASES["linear"].make(device), CASES["linear"].inputs(device)
+    want = torch.autograd.grad(chain(x).sum(), x)[0]
+
+    with pytest.raises(NotImplementedError, match="under policy='store' only"):
+        torch.func.grad(lambda x: chain(x).sum())(x.detach())
+    chain.policy = "store"
+
+    torch.testing.assert_close(torch.func.grad(lambda x: chain(x).sum())(x.detach()), want)
