@@ -24,7 +24,7 @@ from revlib.memory import measure_step
 from revlib.models import ResNet, RevNet
 from revlib.train import Images, Progress, Settings, load_data, train
 
-ROUNDS = 25
+ROUNDS = 30
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ MIB = 2**20
 COLORS = {RESNET.label: "#7d838c", STORED.label: "#86b9dd", REVNET.label: "#0864ab"}
 INK = "#2b2f36"
 SHARED_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "augment", "mixed_precision")
-NOTE = (
-    "Peak activations are those of one training step, without the images, parameters, gradients "
-    "and optimizer state; the deeper networks have more blocks of the same widths. "
-    f"{STORED.label} is the same network with its activations stored instead of rebuilt. Time is "
-    "the median over rounds in which each network steps once, and a ratio is the median of the "
-    "rounds' ratios."
-)
+NOTE = f"""\
+Multiply-adds are those of the forward pass. Peak activations are those of one training step,
+without the images, parameters, gradients and optimizer state; the deeper networks have more
+blocks of the same widths. {STORED.label} is the same network with its activations stored
+instead of rebuilt. Time is the median over rounds in which each network steps once, and a ratio
+is the median of the rounds' ratios."""
 
 
 def environment() -> dict[str, str]:
@@ -46,12 +45,13 @@ def describe_training(source: str, comparison: Comparison) -> str:
     settings = comparison.settings
     channels, height, width = comparison.image_shape
     seeds = ", ".join(str(run.seed) for run in comparison.runs_of(REVNET))
+    augmentation = "random crops and mirror images" if settings.augment else "no augmentation"
     precision = "float32" if settings.mixed_precision == "no" else settings.mixed_precision
     return (
         f"Trained on {source}: {comparison.train_images:,} images of "
         f"{channels} x {height} x {width} to train, {comparison.test_images:,} to test; "
         f"{settings.epochs} epochs, batch {settings.batch_size}, "
-        f"SGD with learning rate {settings.lr}, {'' if settings.augment else 'no '}augmentation, "
+        f"learning rate {settings.lr}, {augmentation}, "
         f"{precision}, seeds {seeds}."
     )
 
@@ -131,7 +131,8 @@ def write_report(
         describe_outcome(comparison),
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         f"![Memory against depth, and accuracy]({png.name})",
-        f"{describe_training(source, comparison)} {NOTE}",
+        describe_training(source, comparison),
+        NOTE,
         "\n".join(f"- {name}: {value}" for name, value in made_by.items()),
     ]
     md.write_text("\n\n".join(paragraphs) + "\n")
