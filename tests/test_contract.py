@@ -18,6 +18,7 @@ from chains import (
     Rotation,
     conv,
     coupling,
+    dropping,
     every_case,
     every_checkpointable_case,
     every_invertible_case,
@@ -911,8 +912,8 @@ def test_optimizer_step_in_a_parameters_hook_does_not_disturb_backward(device):
 
 def test_fake_tensors_run_a_whole_step():
     with FakeTensorMode():
-        chain = CASES["dropout"].make()
-        x = torch.randn(2, 6, 4, 4, dtype=torch.double, requires_grad=True)
+        chain = ReversibleSequential(dropping(), dropping())
+        x = torch.randn(2, 6, 4, 4, requires_grad=True)
         chain(x).sum().backward()
 
     assert x.grad.shape == x.shape
