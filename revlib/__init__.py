@@ -1,6 +1,6 @@
 """Reversible networks for PyTorch, whose activation memory does not grow with depth."""
 
-from revlib import models, testing
+from revlib import memory, models, testing
 from revlib.coupling import AdditiveCoupling
 from revlib.invertible import InvertibleModule
 from revlib.sequential import ReversibleSequential
@@ -9,6 +9,7 @@ __all__ = [
     "AdditiveCoupling",
     "InvertibleModule",
     "ReversibleSequential",
+    "memory",
     "models",
     "testing",
 ]
