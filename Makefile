@@ -32,19 +32,20 @@ check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a min
 test: check ## check, then every other test
 	$(BIN)/python -m pytest -m slow
 
-bench: $(INSTALLED) ## memory and time of training steps, ours and the peers': table, picture, JSON
+bench: $(INSTALLED) ## memory and time of training steps, here and in other libraries
 	@mkdir -p $(RUNS)/bench
-	$(BIN)/python -m pytest benchmarks --benchmark-json=$(RUNS)/bench/benchmarks.json
+	$(BIN)/python -m pytest benchmarks -v --benchmark-quiet --benchmark-json=$(RUNS)/bench/own.json
 	$(BIN)/python -m benchmarks.peers $(RUNS)/bench/peers
-	$(BIN)/python -m revlib.benchmarking $(RUNS)/bench/benchmarks.json $(RUNS)/bench/peers/*.json
+	$(BIN)/python -m revlib.benchmarking $(RUNS)/bench/own.json $(RUNS)/bench/peers/*.json
 
 gpu-test: gpu ## the tests that run on a device, on the GPU
 	$(PY) -m pytest tests --device cuda
 
-gpu-bench: gpu ## the benchmarks, on the GPU
+gpu-bench: gpu ## the benchmarks, on the GPU; other libraries are compared by bench
 	@mkdir -p $(RUNS)/gpu-bench
-	$(PY) -m pytest benchmarks --device cuda --benchmark-json=$(RUNS)/gpu-bench/benchmarks.json
-	$(PY) -m revlib.benchmarking $(RUNS)/gpu-bench/benchmarks.json
+	$(PY) -m pytest benchmarks -v --benchmark-quiet --device cuda \
+		--benchmark-json=$(RUNS)/gpu-bench/own.json
+	$(PY) -m revlib.benchmarking $(RUNS)/gpu-bench/own.json
 
 gpu:
 	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
