@@ -99,8 +99,8 @@ def _pixels(name: str, array: np.ndarray) -> Tensor:
         if not finite.all():
             raise InputError(name, "must be finite", f"NaN or infinity in image {finite.argmin()}")
     channels_first = array.reshape(*array.shape[:3], -1).transpose(0, 3, 1, 2)
-    # Through one dimension: with one channel the strides would still say "channels last".
-    return torch.from_numpy(channels_first.ravel().reshape(channels_first.shape))
+    # Not `ascontiguousarray`: it keeps one channel's strides, which then mean channels last.
+    return torch.from_numpy(channels_first.copy())
 
 
 def _labels(name: str, array: np.ndarray, images: int) -> Tensor:

@@ -24,10 +24,10 @@ from revlib.train.folder import claimed
 from revlib.train.interrupt import StopRequest, stop_requests
 from revlib.train.randomness import augment, derive_seed, shuffled
 from revlib.train.results import Epoch, Progress, Result, write_metrics, write_summary
+from revlib.train.schedule import learning_rate
 from revlib.train.settings import Settings
 
 MOMENTUM = 0.9
-WARMUP = 0.05
 
 OnProgress = Callable[[Progress], None]
 
@@ -59,19 +59,6 @@ def train(
         else:
             run.save()
         return run.train()
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Rises to `peak` along a line over the first steps, then falls to 0 along a cosine.
-
-    Example:
-        >>> [round(learning_rate(step, steps=40, peak=1.0), 2) for step in (0, 1, 2, 21, 39)]
-        [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    warmup = max(1, int(WARMUP * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 class Run:
@@ -109,9 +96,9 @@ class Run:
         self.mean = images.mean[:, None, None].to(accelerator.device)
         self.std = images.std[:, None, None].to(accelerator.device)
 
-        self.steps_per_epoch = len(images.x_train) // settings.batch_size
-        self.steps = settings.epochs * self.steps_per_epoch
-        # A GPU idles while a number is read from it, so there only every tenth step is read.
+        self.epoch_steps = len(images.x_train) // settings.batch_size
+        self.steps = settings.epochs * self.epoch_steps
+        # A GPU idles while a number is read from it, so there not every step is looked at.
         self.steps_per_look = 1 if accelerator.device.type == "cpu" else 10
 
         self.state = state.State()
@@ -161,25 +148,25 @@ class Run:
 
     def _train_epoch(self) -> tuple[float, float]:
         """Goes on to the end of the epoch; returns the mean loss and accuracy over it."""
-        batch_size = self.settings.batch_size
-        epoch = len(self.state.history)
-        first, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        epoch, batch_size = len(self.state.history), self.settings.batch_size
         seed = derive_seed(self.settings.seed, "order", epoch)
-        batches = shuffled(len(self.images.x_train), seed).split(batch_size)
+        # The images that do not fill a batch wait for the next epoch's order.
+        batches = shuffled(len(self.images.x_train), seed).split(batch_size)[: self.epoch_steps]
+        done = self.state.step - epoch * self.epoch_steps
         loss = accuracy = math.nan
 
-        while self.state.step < end:
+        self.model.train()
+        for taken, batch in enumerate(batches[done:]):
             begun = time.perf_counter()
-            self._train_step(batches[self.state.step - first])
-            images = (self.state.step - first) * batch_size
+            self._train_step(batch)
             save_is_due = self.state.step % self.settings.checkpoint_every == 0
-            if save_is_due or self.state.step % self.steps_per_look == 0:
-                loss, accuracy = self._look(self.totals, images)
+            if save_is_due or taken % self.steps_per_look == 0:
+                loss, accuracy = self._look(self.totals, (done + taken + 1) * batch_size)
             self.state.seconds += time.perf_counter() - begun
             if save_is_due:
                 self.save()
             self._report(loss, accuracy)
-        return self._look(self.totals, (end - first) * batch_size)
+        return self._look(self.totals, len(batches) * batch_size)
 
     def _train_step(self, batch: Tensor) -> None:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -188,11 +175,11 @@ class Run:
             group["lr"] = learning_rate(self.state.step, self.steps, self.settings.lr)
         parts = batch.chunk(processes * self.settings.accumulate)
         for part in parts[process::processes]:
-            x, y = self.images.x_train[part], self.images.y_train[part]
+            x = self.images.x_train[part].to(self.accelerator.device)
             if self.settings.augment:
                 x = augment(x)
             with self.accelerator.accumulate(self.model):
-                loss = self._loss(x, y, self.totals)
+                loss = self._loss(x, self.images.y_train[part], self.totals)
                 self.accelerator.backward(loss / len(part))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -207,16 +194,16 @@ class Run:
         self.model.eval()
         for batch in torch.arange(len(self.images.x_test)).split(self.settings.batch_size):
             part = batch[process::processes]
-            self._loss(self.images.x_test[part], self.images.y_test[part], totals)
+            x = self.images.x_test[part].to(self.accelerator.device)
+            self._loss(x, self.images.y_test[part], totals)
             images += len(batch)
             loss, accuracy = self._look(totals, images)
-        self.model.train()
         return loss, accuracy
 
     def _loss(self, x: Tensor, y: Tensor, totals: Tensor) -> Tensor:
         """Returns the sum of the losses, and adds it and the right answers to `totals`."""
-        y = y.to(totals.device)
-        logits = self.model((x.to(totals.device) - self.mean) / self.std)
+        y = y.to(x.device)
+        logits = self.model((x - self.mean) / self.std)
         loss = F.cross_entropy(logits, y, reduction="sum")
         totals += torch.stack((loss.detach(), (logits.argmax(1) == y).sum()))
         return loss
@@ -243,7 +230,7 @@ class Run:
                     loss=loss,
                     accuracy=accuracy,
                     images_per_second=self._images_per_second(),
-                    history=self.state.history,
+                    history=tuple(self.state.history),
                 )
             )
 

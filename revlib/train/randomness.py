@@ -38,15 +38,18 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 def augment(x: Tensor) -> Tensor:
     """Crops each image of a batch `[B, C, H, W]` at random out of a border of zeros around it,
-    and mirrors every other one, also at random; drawn from torch's global generator.
+    and mirrors every other one, also at random.
+
+    What is random is drawn on the CPU, so that it is the same for every device.
     """
     batch, _, height, width = x.shape
     top, left = torch.randint(2 * BORDER + 1, (2, batch, 1))
     mirrored = torch.rand(batch, 1) < 0.5
-    rows = top + torch.arange(height)
+    rows = (top + torch.arange(height)).to(x.device)
     columns = left + torch.arange(width)
-    columns = torch.where(mirrored, columns.flip(1), columns)
+    columns = torch.where(mirrored, columns.flip(1), columns).to(x.device)
+    images = torch.arange(batch, device=x.device)
     padded = F.pad(x, (BORDER,) * 4)
     # The three indices broadcast to [B, H, W]; the channels, not indexed, come last.
-    crops = padded[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    crops = padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2).contiguous()

@@ -42,7 +42,6 @@ def make_settings(npz) -> Callable[..., Settings]:
         "augment": True,
         "epochs": 2,
         "batch_size": BATCH_SIZE,
-        "checkpoint_every": 2,  # Most checkpoints fall in the middle of an epoch.
     }
     return lambda out, **changes: Settings(out=out, **(small | changes))
 

@@ -55,6 +55,7 @@ def send(number: signal.Signals, *, at_step: int):
 
 @pytest.mark.slow
 def test_run_killed_mid_epoch_resumes_to_the_same_bits(settings, finished):
+    settings = dataclasses.replace(settings, checkpoint_every=2)
     process = start(options(settings))
     wait_for_step(process, settings.out, MID_EPOCH)
     process.kill()
@@ -68,6 +69,7 @@ def test_run_killed_mid_epoch_resumes_to_the_same_bits(settings, finished):
 
 @pytest.mark.slow
 def test_run_killed_while_it_writes_a_checkpoint_resumes_to_the_same_bits(settings, finished):
+    settings = dataclasses.replace(settings, checkpoint_every=2)
     process = start(options(settings), (sys.executable, "-c", KILLED_WHILE_WRITING))
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -80,7 +82,6 @@ def test_run_killed_while_it_writes_a_checkpoint_resumes_to_the_same_bits(settin
 
 @every_signal
 def test_signalled_run_resumes_to_the_same_bits(settings, finished, number):
-    settings = dataclasses.replace(settings, checkpoint_every=1000)
     with pytest.raises(Interrupted):
         train(settings, on_progress=send(number, at_step=MID_EPOCH))
 
@@ -90,9 +91,7 @@ def test_signalled_run_resumes_to_the_same_bits(settings, finished, number):
 
 
 @every_signal
-def test_signalled_run_loses_no_step(settings, number):
-    settings = dataclasses.replace(settings, checkpoint_every=1000)
-
+def test_signalled_run_loses_no_step(settings, linear_model, number):
     with pytest.raises(Interrupted):
         train(settings, on_progress=send(number, at_step=MID_EPOCH))
 
@@ -119,10 +118,10 @@ def test_finished_run_resumes_to_itself(settings, finished):
 
 
 @every_signal
-def test_signal_handler_is_put_back(settings, number):
+def test_signal_handler_is_put_back(settings, linear_model, number):
     before = signal.getsignal(number)
 
-    train(dataclasses.replace(settings, epochs=1))
+    train(settings)
 
     assert signal.getsignal(number) is before
 
@@ -133,7 +132,7 @@ def test_signal_handler_is_put_back(settings, number):
 )
 def test_signalled_command_leaves_with_one_line_and_its_own_status(settings, number, status):
     process = start([*options(settings), "--quiet"])
-    wait_for_step(process, settings.out, 2)
+    wait_for_step(process, settings.out, 0)
     process.send_signal(number)
     _, errors = process.communicate()
 
@@ -146,7 +145,7 @@ def test_signalled_command_leaves_with_one_line_and_its_own_status(settings, num
 def test_two_processes_that_are_stopped_resume_to_the_same_bits(make_settings, tmp_path):
     whole = make_settings(tmp_path / "whole")
     start(options(whole), TWO_PROCESSES).communicate()
-    stopped = dataclasses.replace(whole, out=tmp_path / "stopped")
+    stopped = dataclasses.replace(whole, out=tmp_path / "stopped", checkpoint_every=2)
     process = start(options(stopped), TWO_PROCESSES)
     wait_for_step(process, stopped.out, MID_EPOCH)
     process.terminate()
