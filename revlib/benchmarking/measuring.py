@@ -54,7 +54,8 @@ def measure(
                 model, x = MyModel(), torch.randn(16, 3, 32, 32)
                 measure(benchmark, lambda: model(x).sum().backward(), model=model)
     """
-    device = next(model.parameters()).device if model else torch.device("cpu")
+    parameters = model.parameters() if model else ()
+    device = next((p.device for p in parameters), torch.device("cpu"))
     step()  # what the first step alone does, such as loading libraries, is in neither figure
     memory = measure_step(step, model=model, optimizer=optimizer)
 
