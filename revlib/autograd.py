@@ -16,8 +16,9 @@ from torch._compile import _disable_dynamo  # the public torch.compiler.disable 
 from torch.autograd.function import once_differentiable
 from torch.nn.parameter import UninitializedTensorMixin
 
+from revlib.evaluate import Evaluate, Record, Replay
 from revlib.invertible import InvertibleModule
-from revlib.replay import Autocast, Evaluate, Record, Replay, autocast_is_on
+from revlib.replay import Autocast, autocast_is_on
 from revlib.streams import Form, Stream, Streams, convert, enter, form_within, leave, settle
 
 Policy = Literal["rebuild", "store", "recompute"]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from revlib.evaluate import Evaluate, Replay
 from revlib.invertible import InvertibleModule
-from revlib.replay import Evaluate, Replay
 from revlib.streams import Form, Stream, Streams, convert, enter, form_within, leave, settle
 
 

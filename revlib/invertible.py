@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from revlib.replay import Evaluate, Inverse, Replay
+from revlib.evaluate import Evaluate, Inverse, Replay
 from revlib.streams import Form, Streams
 
 

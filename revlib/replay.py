@@ -7,75 +7,24 @@ RNG state stay as the forward pass left them.
 """
 
 import ctypes
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-
-from revlib import graph
-from revlib.streams import Streams
 
 # In training these update their running statistics but normalise by the batch's own: a
 # second evaluation needs scratch buffers to write to, and no earlier values to read.
 _WRITE_STATISTICS_ONLY = {_BatchNorm.forward, _InstanceNorm.forward, SyncBatchNorm.forward}
 
 
-class Inverse(nn.Module):
-    """Stands for a block called the other way round: calling it calls `block.inverse`."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, y: Tensor, *context: Tensor) -> Tensor:
-        return self.block.inverse(y, *context)
-
-    def inverse(self, x: Tensor, *context: Tensor) -> Tensor:
-        return self.block(x, *context)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Inverse) and other.block is self.block
-
-    def __hash__(self) -> int:
-        return hash((Inverse, self.block))
-
-
-class Evaluate:
-    """Evaluates sub-networks for a block: `evaluate(module, x)` is `module(x)`.
-
-    Blocks call their sub-networks through this object and in no other way, so that a chain
-    can record an evaluation and replay it. Where the chain was given a `context`, every
-    sub-network receives it as its last argument.
-
-    Args:
-        context: The conditioning input, or None.
-        label: What errors call the block.
-    """
-
-    def __init__(self, context: Tensor | None = None, label: str = "block") -> None:
-        self.context = context
-        self.label = label
-
-    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        version = _version(x)
-        value = self._call(module, (x,) if self.context is None else (x, self.context))
-        if _version(x) != version:
-            raise RuntimeError(
-                f"{self.label}: {type(module).__name__} changed its input in place, but that "
-                "input is a stream of the block and still needed; make the first operation of "
-                "the sub-network out of place (inplace=False)"
-            )
-        return value
-
-    def _call(self, module: nn.Module, args: Streams) -> Tensor:
-        return module(*args)
+def writes_statistics_only(part: nn.Module) -> bool:
+    """Tells whether calling `part` now would write its buffers without reading them."""
+    return part.training and type(part).forward in _WRITE_STATISTICS_ONLY
 
 
 class Slot(NamedTuple):
@@ -112,197 +61,13 @@ class Evaluation:
     constants: list[Slot]
     priors: list[Slot]
     scratch: list[Slot]
-    rng: Streams | None
+    rng: tuple[Tensor, ...] | None
 
     @property
     def state_bytes(self) -> int:
         """The bytes of replay state: RNG states and prior values of buffers."""
         states = [slot.tensor for slot in self.priors] + list(self.rng or ())
         return sum(state.nbytes for state in states)
-
-
-class Record(Evaluate):
-    """Evaluates sub-networks for the first time and notes what a replay needs."""
-
-    def __init__(self, context: Tensor | None, label: str) -> None:
-        super().__init__(context, label)
-        self.evaluations: list[Evaluation] = []
-
-    def _call(self, module: nn.Module, args: Streams) -> Tensor:
-        device = args[0].device
-        rng = _rng_states(device)
-        parts, parameters, buffers, scratch = [], [], [], []
-        for part in module.modules():
-            parts.append(part)
-            parameters += _slots(part._parameters)
-            writes_only = part.training and type(part).forward in _WRITE_STATISTICS_ONLY
-            (scratch if writes_only else buffers).extend(_slots(part._buffers))
-        modes = [part.training for part in parts]
-        before = [(slot, slot.tensor._version, slot.tensor.clone()) for slot in buffers]
-
-        value = super()._call(module, args)
-
-        constants, priors = [], []
-        for slot, version, prior in before:
-            if slot.is_untouched() and slot.tensor._version == version:
-                constants.append(slot)
-            else:
-                priors.append(slot._replace(tensor=prior))
-        drew = any(map(_differ, rng, _rng_states(device)))
-        self.evaluations.append(
-            Evaluation(
-                module, parts, modes, parameters, constants, priors, scratch, rng if drew else None
-            )
-        )
-        return value
-
-
-class Replay(Evaluate):
-    """Evaluates sub-networks for the second time, just as they were evaluated the first time.
-
-    Args:
-        evaluations: What the first time recorded, in its order.
-        parameters: The block's parameters; `gradients` is aligned with them.
-        context: The conditioning input, or None.
-        label: What errors call the block.
-        autocast: The autocast state of the first time.
-        in_order: Whether the sub-networks will be called in the order of the first time
-            (recompute) or backwards (rebuild).
-
-    Attributes:
-        gradients: The parameters' gradients collected so far.
-        context_gradient: The context's gradient collected so far.
-    """
-
-    def __init__(
-        self,
-        evaluations: list[Evaluation],
-        parameters: Streams,
-        context: Tensor | None,
-        label: str,
-        autocast: "Autocast",
-        *,
-        in_order: bool,
-    ) -> None:
-        super().__init__(None if context is None else _leaf(context), label)
-        self.gradients: list[Tensor | None] = [None] * len(parameters)
-        self.context_gradient: Tensor | None = None
-        # Parameters and the leaves that stand for them, to their place in `gradients`.
-        self._places = {parameter: place for place, parameter in enumerate(parameters)}
-        self._autocast = autocast
-        self._pending: dict[nn.Module, list[Evaluation]] = defaultdict(list)
-        for evaluation in reversed(evaluations) if in_order else evaluations:
-            self._pending[evaluation.module].append(evaluation)
-
-    def vjp(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Evaluates `module` at `x` once, for its value and its gradients alike.
-
-        Args:
-            module: The sub-network.
-            x: Where to evaluate it.
-
-        Returns:
-            The value; and a function from the value's gradient to the gradient of `x`, which
-            also collects the gradients of the parameters and of the context. Drop the value
-            before calling it, and the peak is one tensor lower.
-        """
-        (value,), pullback = self.vjp_streams(lambda x, _: (self(module, *x),), (x,))
-        return value, lambda gradient: pullback((gradient,))[0]
-
-    def vjp_streams(
-        self, function: Callable[[Streams, Evaluate], Streams], streams: Streams
-    ) -> tuple[Streams, Callable[[Streams], Streams]]:
-        """Like `vjp`, for a function of streams that calls any number of sub-networks."""
-        streams = tuple(_leaf(x).requires_grad_() for x in streams)
-        first = graph.sequence_number()
-        with torch.enable_grad():
-            values = function(streams, self)
-        born = range(first, graph.sequence_number())
-        # Edges stand for the values in the gradient pass and keep none of their memory.
-        edges = [get_gradient_edge(v) if v.requires_grad else None for v in values]
-        dtypes = [v.dtype for v in values]
-
-        def pullback(gradients: Streams) -> Streams:
-            live = [i for i, edge in enumerate(edges) if edge is not None]
-            leaves = self._reached_leaves([edges[i].node for i in live], born, streams)
-            found = dict.fromkeys((*streams, *leaves))
-            if live:
-                results = torch.autograd.grad(
-                    [edges[i] for i in live],
-                    list(found),
-                    [gradients[i].to(dtypes[i]) for i in live],
-                    allow_unused=True,
-                )
-                found.update(zip(found, results, strict=True))
-            for leaf in leaves:
-                self._collect(leaf, found[leaf])
-            return tuple(torch.zeros_like(x) if found[x] is None else found[x] for x in streams)
-
-        return tuple(v.detach() for v in values), pullback
-
-    def invert(self, module: nn.Module, y: Tensor) -> Tensor:
-        """Returns the input of a block that was evaluated whole, by the block's own inverse."""
-        evaluation = self._pending[module][-1]
-        with torch.no_grad(), self._as_the_first_time(evaluation, y.device):
-            return super()._call(
-                Inverse(module), (y,) if self.context is None else (y, self.context)
-            )
-
-    def _call(self, module: nn.Module, args: Streams) -> Tensor:
-        evaluation = self._pending[module].pop()
-        with self._as_the_first_time(evaluation, args[0].device):
-            return super()._call(module, args)
-
-    @contextmanager
-    def _as_the_first_time(self, evaluation: Evaluation, device: torch.device) -> Iterator[None]:
-        with (
-            _modes_set(evaluation.parts, evaluation.modes),
-            _tensors_set(self._substitutes(evaluation)),
-            _rng_set(device, evaluation.rng),
-            self._autocast.restored(),
-        ):
-            yield
-
-    def _substitutes(self, evaluation: Evaluation) -> list[tuple[Slot, Tensor]]:
-        """Returns what places of the module must hold in place of what they hold now."""
-        found = [(slot, slot.holder[slot.key].clone()) for slot in evaluation.scratch]
-        found += [(slot, slot.tensor.clone()) for slot in evaluation.priors]
-        found += [(slot, slot.tensor) for slot in evaluation.constants if not slot.is_untouched()]
-        stand_ins = {}
-        for slot in evaluation.parameters:
-            parameter = slot.tensor
-            # A hook on the parameter would run in our gradient pass and once more when the
-            # gradient we return reaches the parameter.
-            if slot.is_untouched() and parameter.is_leaf and not parameter._backward_hooks:
-                continue
-            if parameter not in stand_ins:
-                stand_ins[parameter] = _leaf(parameter)
-            found.append((slot, stand_ins[parameter]))
-        for parameter, stand_in in stand_ins.items():
-            if parameter in self._places:
-                self._places[stand_in] = self._places[parameter]
-        return found
-
-    def _reached_leaves(self, roots: list[Node], born: range, streams: Streams) -> list[Tensor]:
-        leaves, older = graph.reached(roots, born)
-        known = {*streams, *self._places, self.context}
-        strangers = [leaf for leaf in leaves if leaf not in known]
-        if strangers or older:
-            what = f"of shape {tuple(strangers[0].shape)}" if strangers else older[0].name()
-            raise RuntimeError(
-                f"{self.label}: a sub-network captured a tensor that requires grad ({what}) and "
-                "is neither a parameter of the block, nor its stream, nor the context, so its "
-                "gradient would be lost; make it a parameter of the block, pass it as context, "
-                "detach it, or give the block policy='store'"
-            )
-        return leaves
-
-    def _collect(self, leaf: Tensor, gradient: Tensor | None) -> None:
-        if leaf is self.context:
-            self.context_gradient = _sum(self.context_gradient, gradient)
-        elif leaf in self._places:
-            place = self._places[leaf]
-            self.gradients[place] = _sum(self.gradients[place], gradient)
 
 
 @dataclass(frozen=True)
@@ -345,26 +110,14 @@ def autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _version(x: Tensor) -> int | None:
-    """Returns what an in-place write changes, or None where writes are not counted."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.requires_grad)
-
-
-def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
-    return term if total is None else total if term is None else total + term
-
-
-def _slots(holder: dict[str, Tensor | None]) -> list[Slot]:
+def slots(holder: dict[str, Tensor | None]) -> list[Slot]:
+    """Returns the places of a module's `_parameters` or `_buffers` that are filled."""
     return [Slot(holder, key, tensor) for key, tensor in holder.items() if tensor is not None]
 
 
 @contextmanager
-def _tensors_set(substitutes: list[tuple[Slot, Tensor]]) -> Iterator[None]:
-    """Does what `torch.func.functional_call` does, without looking the places up by name."""
+def tensors_set(substitutes: list[tuple[Slot, Tensor]]) -> Iterator[None]:
+    """Puts tensors in places, for a while: a `functional_call` that need not search by name."""
     now = [slot.holder[slot.key] for slot, _ in substitutes]
     for slot, tensor in substitutes:
         slot.holder[slot.key] = tensor
@@ -376,7 +129,8 @@ def _tensors_set(substitutes: list[tuple[Slot, Tensor]]) -> Iterator[None]:
 
 
 @contextmanager
-def _modes_set(parts: list[nn.Module], modes: list[bool]) -> Iterator[None]:
+def modes_set(parts: list[nn.Module], modes: list[bool]) -> Iterator[None]:
+    """Sets `training` of each part, for a while."""
     now = [part.training for part in parts]
     if now == modes:
         yield
@@ -390,7 +144,8 @@ def _modes_set(parts: list[nn.Module], modes: list[bool]) -> Iterator[None]:
             part.training = mode
 
 
-def _rng_states(device: torch.device) -> Streams:
+def rng_states(device: torch.device) -> tuple[Tensor, ...]:
+    """Returns the RNG states of the CPU and, where it is another, of `device`."""
     states = (torch.get_rng_state(),)
     if device.type == "mps":
         states += (torch.mps.get_rng_state(),)
@@ -399,13 +154,14 @@ def _rng_states(device: torch.device) -> Streams:
     return states
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Tells whether two RNG states differ."""
     # Raw bytes, because torch.equal would go through whatever dispatch mode is on, and under
     # FakeTensorMode there is nothing to compare.
     return ctypes.string_at(a.data_ptr(), a.nbytes) != ctypes.string_at(b.data_ptr(), b.nbytes)
 
 
-def _set_rng_states(device: torch.device, states: Streams) -> None:
+def _setrng_states(device: torch.device, states: tuple[Tensor, ...]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "mps":
         torch.mps.set_rng_state(states[1])
@@ -414,13 +170,14 @@ def _set_rng_states(device: torch.device, states: Streams) -> None:
 
 
 @contextmanager
-def _rng_set(device: torch.device, states: Streams | None) -> Iterator[None]:
+def rng_set(device: torch.device, states: tuple[Tensor, ...] | None) -> Iterator[None]:
+    """Sets the RNG states that `rng_states` returned, for a while; None leaves them alone."""
     if states is None:
         yield
         return
-    now = _rng_states(device)
-    _set_rng_states(device, states)
+    now = rng_states(device)
+    _setrng_states(device, states)
     try:
         yield
     finally:
-        _set_rng_states(device, now)
+        _setrng_states(device, now)
