@@ -1,6 +1,7 @@
 """Measures the memory of one training step, of any model, to the byte."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -123,7 +124,6 @@ def measure_step(
         tracker.name([] if optimizer is None else optimizer.state, "optimizer_state")
 
     with ExitStack() as stack:
-        stack.callback(tracker.forget)
         # Under a dispatch mode compiled modules run in eager too, but ever after as well. And
         # this imports Dynamo, which many functions do on first use: amid the step the import
         # would leave garbage that holds the frames of its callers, and so their tensors.
@@ -137,7 +137,9 @@ def measure_step(
         for parameter in set(parameters):
             if parameter.requires_grad:
                 stack.enter_context(_gradients_named(parameter, tracker))
-        stack.enter_context(saved_tensors_hooks(tracker.pack, unpack))
+        # A proxy, for PyTorch keeps the hooks of a graph that no backward runs through for good.
+        proxy = weakref.proxy(tracker)
+        stack.enter_context(saved_tensors_hooks(lambda tensor: proxy.pack(tensor), unpack))
         stack.enter_context(tracker)
         step()
         name_what_lasts()

@@ -89,7 +89,6 @@ class Tracker(TorchDispatchMode):
         self.alive: list[Event] = []
         self.saved: list[Event] = []
         self._device = device
-        self._latest_sum: Storage | None = None
         self._known: dict[int, tuple[Storage, weakref.ref]] = {}
 
     @classmethod
@@ -112,8 +111,8 @@ class Tracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = self.see(result, "activations")
         if func is torch.ops.aten.add.Tensor and _autograd_called(sys._getframe()):
-            (self._latest_sum,) = outputs
-            self._latest_sum.addends = tuple(inputs)
+            for storage in outputs:
+                storage.addends = tuple(inputs)
         return result
 
     def see(self, values: object, kind: Kind | None) -> list[Storage]:
@@ -150,10 +149,6 @@ class Tracker(TorchDispatchMode):
             if storage.holders == 0:
                 self._log_saved(storage, -storage.nbytes)
 
-    def forget(self) -> None:
-        """Stops watching the storages that outlive the step."""
-        self._known.clear()
-
     def _see(self, untyped: torch.UntypedStorage, kind: Kind | None) -> Storage:
         key = untyped._cdata
         if key not in self._known:
@@ -166,13 +161,11 @@ class Tracker(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         storage, _ = self._known.pop(key)
-        place = len(self.alive)
-        # Where paths meet, autograd adds one gradient to the other in place if nothing else
-        # holds it. While a dispatch mode is on it does not: so here the addend goes first.
-        if self._latest_sum is self.alive[-1].storage and storage in self._latest_sum.addends:
-            if storage.nbytes == self._latest_sum.nbytes:
-                place -= 1
-        self.alive.insert(place, Event(storage, -storage.nbytes))
+        latest = self.alive[-1].storage
+        # Where paths meet, autograd adds one gradient to another in place if nothing else holds
+        # it; but not while a dispatch mode is on. So log an addend freed at once as if it was.
+        in_place = storage in latest.addends and storage.nbytes == latest.nbytes
+        self.alive.insert(len(self.alive) - in_place, Event(storage, -storage.nbytes))
 
     def _log_saved(self, storage: Storage, change: int) -> None:
         in_backward = torch._C._current_graph_task_id() != -1

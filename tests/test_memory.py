@@ -419,6 +419,20 @@ def test_sparse_gradient_counts_its_indices_and_values():
     assert memory.peak.gradients == 3 * 8 + SEED + floats(3, 16)
 
 
+def test_sum_of_sparse_gradients_is_a_gradient():
+    model = nn.Embedding(1000, 16, sparse=True)
+    tokens = torch.tensor([1, 5, 7])
+
+    def step() -> None:
+        (model(tokens).exp() + model(tokens).exp()).sum().backward()
+
+    memory = measure_step(step, model=model)
+
+    # Two addends of three rows each, which use the tokens as their indices; and the sum, with
+    # six rows and indices of its own.
+    assert memory.peak.gradients == 2 * floats(3, 16) + floats(6, 16) + 6 * 8
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize(
     ("layout", "indices"), [(torch.sparse_coo, 2 * 8), (torch.sparse_csr, 9 + 8)], ids=str
@@ -488,11 +502,13 @@ def test_replay_state_is_summed_over_modules():
 
 
 def test_only_the_given_device_counts():
-    def step() -> None:
-        torch.zeros(64)
-        torch.zeros(16, device="meta")
+    weight = torch.zeros(64, 64, requires_grad=True)
 
-    assert measure_step(step).peak.activations == floats(64)
+    def step() -> None:
+        torch.zeros(16, device="meta")
+        STEPS["fork"](weight)
+
+    assert measure_step(step).peak.activations == 2 * floats(64, 64) + LOSS + SEED
     assert measure_step(step, device="meta").peak.activations == floats(16)
 
 
@@ -535,31 +551,31 @@ class AddsInPython(torch.autograd.Function):
 
 
 class KeepsGradients(torch.autograd.Function):
-    """`weight * a`, whose backward keeps a reference to what it returns."""
+    """`weight * a`, whose backward keeps what it returns; and returns more than is needed."""
 
     @staticmethod
-    def forward(ctx, weight, a, kept):
-        ctx.a, ctx.kept = a, kept
+    def forward(ctx, weight, a, kept, more):
+        ctx.a, ctx.kept, ctx.more = a, kept, more
         return weight * a
 
     @staticmethod
     def backward(ctx, dy):
         ctx.kept.append(dy * ctx.a)
-        return ctx.kept[-1], None, None
+        return ctx.kept[-1], dy * ctx.a if ctx.more else None, None, None
 
 
-def two_kept_gradients(weight: torch.Tensor) -> None:
+def fork_of_kept(weight: torch.Tensor, *, more: bool) -> None:
     kept = []
-    terms = (KeepsGradients.apply(weight, A, kept).tanh().sum() for _ in range(2))
-    sum(terms).backward()
+    sum(KeepsGradients.apply(weight, A, kept, more).sum() for _ in range(2)).backward()
 
 
-A, B = torch.ones(2, 64, 64)
+A, B = torch.ones(2, 64, 64).unbind()
 
 STEPS = {
     "fork": lambda w: ((w * A).sum() + (w * B).sum()).backward(),
     "fork-of-expanded": lambda w: (w.sum().exp() + w.sum().sin()).backward(),
-    "fork-of-kept": two_kept_gradients,
+    "fork-of-kept": lambda w: fork_of_kept(w, more=False),
+    "fork-of-kept-and-more": lambda w: fork_of_kept(w, more=True),
     "sum-in-python": lambda w: AddsInPython.apply(w, A, B).sum().backward(),
     "shared-weight": lambda w: (A @ w @ w @ w).tanh().sum().backward(),
     "residual": lambda w: (w.tanh() + (w.tanh() @ w).relu()).exp().sum().backward(),
