@@ -92,7 +92,6 @@ class Run:
             model.parameters(), settings.lr, MOMENTUM, weight_decay=settings.weight_decay
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        state.keep_names_plain(accelerator)
         self.mean = images.mean[:, None, None].to(accelerator.device)
         self.std = images.std[:, None, None].to(accelerator.device)
 

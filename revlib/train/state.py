@@ -72,19 +72,3 @@ def load(accelerator: Accelerator, out: Path, settings: dict[str, Any]) -> State
         raise CheckpointError(f"{path} was written for another model: {reason}") from error
     record["history"] = [Epoch(**epoch) for epoch in record["history"]]
     return State(**record)
-
-
-def keep_names_plain(accelerator: Accelerator) -> None:
-    """Keeps the prefix that several processes' wrapper gives to weights out of checkpoints.
-
-    So `model.safetensors` fits the plain model, whatever the run was launched with.
-    """
-
-    def unwrap_weights(models: list, weights: list, folder: str) -> None:
-        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
-
-    def unwrap_models(models: list, folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model) for model in models]
-
-    accelerator.register_save_state_pre_hook(unwrap_weights)
-    accelerator.register_load_state_pre_hook(unwrap_models)

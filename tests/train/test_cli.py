@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import resource
+import sys
 
 import numpy as np
 import pytest
 from training_runs import options
 
+import revlib.__main__
 from revlib.train import Settings, cli
 
 
@@ -180,3 +182,16 @@ def test_help_names_every_setting(run):
 
     for field in dataclasses.fields(Settings):
         assert f"--{field.name.replace('_', '-')} " in output
+
+
+def test_missing_extra_gets_one_line_and_status_1(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("revlib.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+
+    with pytest.raises(SystemExit) as exit:
+        revlib.__main__.main()
+
+    assert exit.value.code == (
+        "revlib: no accelerate here; `pip install 'revlib-torch[train]'` brings it"
+    )

@@ -254,15 +254,34 @@ def test_new_run_starts_where_one_died_before_its_first_checkpoint(settings, lin
     assert latest_step(settings.out) == 2 * STEPS_PER_EPOCH
 
 
-def test_run_can_be_resumed_from_its_start(settings, linear_model):
-    def stop_at_once(progress):
+@pytest.fixture
+def died_early(settings, linear_model):
+    """A run of which there is nothing but the checkpoint of step 0."""
+
+    def die(progress):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        train(settings, on_progress=stop_at_once)
-    assert latest_step(settings.out) == 0
+        train(settings, on_progress=die)
+    return settings
 
-    assert train(settings, resume=True).steps == 2 * STEPS_PER_EPOCH
+
+def test_run_can_be_resumed_from_its_start(died_early):
+    assert latest_step(died_early.out) == 0
+
+    assert train(died_early, resume=True).steps == 2 * STEPS_PER_EPOCH
+
+
+def test_what_was_left_half_written_is_not_taken_over(died_early):
+    checkpoint = died_early.out / "checkpoints" / f"step-{STEPS_PER_EPOCH:08d}"
+    partial = checkpoint.with_suffix(".partial")
+    partial.mkdir()
+    (partial / "left").touch()
+
+    train(died_early, resume=True)
+
+    assert checkpoint.is_dir()
+    assert not (checkpoint / "left").exists()
 
 
 def test_resume_is_refused_where_no_run_is(settings):
