@@ -28,6 +28,8 @@ from revlib.train.schedule import learning_rate
 from revlib.train.settings import Settings
 
 MOMENTUM = 0.9
+# After how many steps the loss is read. A GPU idles meanwhile, so there it is not every one.
+STEPS_PER_LOOK = {"cpu": 1}
 
 OnProgress = Callable[[Progress], None]
 
@@ -97,8 +99,7 @@ class Run:
 
         self.epoch_steps = len(images.x_train) // settings.batch_size
         self.steps = settings.epochs * self.epoch_steps
-        # A GPU idles while a number is read from it, so there not every step is looked at.
-        self.steps_per_look = 1 if accelerator.device.type == "cpu" else 10
+        self.steps_per_look = STEPS_PER_LOOK.get(accelerator.device.type, 10)
 
         self.state = state.State()
         self.totals = torch.zeros(2, device=self.accelerator.device)

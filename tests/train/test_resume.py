@@ -144,8 +144,8 @@ def test_signalled_command_leaves_with_one_line_and_its_own_status(settings, num
 @pytest.mark.slow
 def test_two_processes_that_are_stopped_resume_to_the_same_bits(make_settings, tmp_path):
     whole = make_settings(tmp_path / "whole")
-    start(options(whole), TWO_PROCESSES).communicate()
     stopped = dataclasses.replace(whole, out=tmp_path / "stopped", checkpoint_every=2)
+    uninterrupted = start(options(whole), TWO_PROCESSES)
     process = start(options(stopped), TWO_PROCESSES)
     wait_for_step(process, stopped.out, MID_EPOCH)
     process.terminate()
@@ -154,4 +154,5 @@ def test_two_processes_that_are_stopped_resume_to_the_same_bits(make_settings, t
 
     start([*options(stopped), "--resume"], TWO_PROCESSES).communicate()
 
+    uninterrupted.communicate()
     assert_same_run(stopped.out, whole.out)
