@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import get_args
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -140,6 +141,7 @@ def measure_step(
         # A proxy, for PyTorch keeps the hooks of a graph that no backward runs through for good.
         proxy = weakref.proxy(tracker)
         stack.enter_context(saved_tensors_hooks(lambda tensor: proxy.pack(tensor), unpack))
+        stack.enter_context(_resizes_seen(tracker))
         stack.enter_context(tracker)
         step()
         name_what_lasts()
@@ -189,6 +191,19 @@ def _gradients_named(parameter: nn.Parameter, tracker: Tracker) -> Iterator[None
     finally:
         arriving.remove()
         held.remove()
+
+
+@contextmanager
+def _resizes_seen(tracker: Tracker) -> Iterator[None]:
+    """Shows the tracker what no mode sees: storages emptied or filled directly, as by FSDP."""
+    original = torch.UntypedStorage.resize_
+
+    def resize(untyped: torch.UntypedStorage, size: int) -> None:
+        original(untyped, size)
+        tracker.resized(untyped)
+
+    with patch.object(torch.UntypedStorage, "resize_", resize):
+        yield
 
 
 @contextmanager

@@ -124,6 +124,11 @@ class Tracker(TorchDispatchMode):
             for untyped in _storages(tensor)
         ]
 
+    def resized(self, untyped: torch.UntypedStorage) -> None:
+        """Logs the new size of a storage."""
+        if untyped.device == self._device:
+            self._see(untyped, None)
+
     def name(self, values: object, kind: Kind) -> None:
         """Says what the tensors in `values` are for, unless it is known."""
         storages = self.see(values, kind)
@@ -154,9 +159,11 @@ class Tracker(TorchDispatchMode):
         if key not in self._known:
             self._known[key] = Storage(kind), weakref.ref(untyped, lambda _: self._freed(key))
         storage, _ = self._known[key]
-        if storage.nbytes != untyped.nbytes():
-            self.alive.append(Event(storage, untyped.nbytes() - storage.nbytes))
-            storage.nbytes = untyped.nbytes()
+        if change := untyped.nbytes() - storage.nbytes:
+            storage.nbytes += change
+            self.alive.append(Event(storage, change))
+            if storage.holders:
+                self._log_saved(storage, change)
         return storage
 
     def _freed(self, key: int) -> None:

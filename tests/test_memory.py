@@ -162,6 +162,21 @@ def test_resized_tensor_counts_its_new_size():
     assert measure_step(lambda: torch.empty(16).resize_(64)).peak.activations == floats(64)
 
 
+def test_emptied_storage_counts_no_more():
+    weight = torch.ones(64, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        h = weight.exp()
+        h.untyped_storage().resize_(0)
+        return weight.exp()
+
+    memory = measure_step(step)
+
+    # The first result is emptied before the second is there.
+    assert memory.peak.activations == floats(64)
+    assert memory.saved.activations == floats(64)
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: torch.zeros(2, 3), lambda: torch.randn(2, 3), lambda: torch.tensor([[0.0] * 3] * 2)],
@@ -679,6 +694,7 @@ def test_step_runs_once_with_its_effects(x):
 
 def test_step_that_raises_leaves_no_trace(x):
     model = mlp()
+    resize = torch.UntypedStorage.resize_
 
     def step() -> None:
         model(x).sum().backward()
@@ -690,6 +706,7 @@ def test_step_that_raises_leaves_no_trace(x):
     assert torch._C._len_torch_dispatch_stack() == 0
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    assert torch.UntypedStorage.resize_ is resize
     assert gc.isenabled()
 
 
