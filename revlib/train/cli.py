@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from typer import Option
 
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         sys.exit(app(arguments, prog_name="revlib", standalone_mode=False))
     except typer.TyperException as error:
-        print(f"revlib train: {error.format_message()}", file=sys.stderr)
+        _print_error(error.format_message())
         sys.exit(2)
 
 
@@ -76,10 +77,11 @@ def train_command(
 ) -> None:
     """Trains a classifier on labelled images.
 
-    Ctrl-C and SIGTERM write a checkpoint and leave; `--resume` goes on from the last one, to the
-    same result. On several devices: `accelerate launch -m revlib.train ...`.
+    Ctrl-C and SIGTERM write a checkpoint and leave; `--resume` goes on to the same result.
+
+    On several devices: `accelerate launch -m revlib.train ...`.
     """
-    with one_line_errors():
+    with _one_line_errors():
         settings = Settings(
             data=data,
             out=out,
@@ -97,41 +99,46 @@ def train_command(
             accumulate=accumulate,
             checkpoint_every=checkpoint_every,
         )
-        if quiet or not is_main_process():
+        if quiet or not _is_main_process():
             train(settings, resume=resume)
         else:
             with progress_bar(settings.epochs) as show:
                 result = train(settings, resume=resume, on_progress=show)
             Console().print(result_table(result, settings))
+        PartialState().destroy_process_group()  # Or torch would warn that nobody did.
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def _one_line_errors() -> Iterator[None]:
     """Ends the command with one line and a status of its own for each way to fail."""
     try:
         yield
     except Interrupted as error:
-        fail(str(error), 128 + error.signal_number)
+        _fail(str(error), 128 + error.signal_number)
     except KeyboardInterrupt:
-        fail("stopped before the first step", 130)
+        _fail("stopped before the first step", 130)
     except InputError as error:
         options = {field.name for field in dataclasses.fields(Settings)}
         message = str(error)
         if error.argument in options:
             option = "--" + error.argument.replace("_", "-")
             message = option + message.removeprefix(error.argument)
-        fail(message, 2)
+        _fail(message, 2)
     except CheckpointError as error:
-        fail(str(error), 2)
+        _fail(str(error), 2)
     except (NonFiniteError, OSError) as error:
-        fail(str(error), 1)
+        _fail(str(error), 1)
 
 
-def fail(message: str, status: int) -> NoReturn:
-    if is_main_process():
-        print(f"revlib train: {' '.join(message.splitlines())}", file=sys.stderr)
+def _fail(message: str, status: int) -> NoReturn:
+    _print_error(message)
     raise typer.Exit(status)
 
 
-def is_main_process() -> bool:
+def _print_error(message: str) -> None:
+    if _is_main_process():
+        print(f"revlib train: {' '.join(message.splitlines())}", file=sys.stderr)
+
+
+def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from revlib.train.results import Epoch, Progress, Result
 from revlib.train.settings import Settings
@@ -56,7 +57,7 @@ def _epoch_line(epoch: Epoch, epochs: int) -> str:
 
 def result_table(result: Result, settings: Settings) -> Table:
     """Lays out the result for people; `summary.json` is for programs."""
-    table = Table(title=f"{settings.model} on {settings.data}", show_header=False)
+    table = Table(title=Text(f"{settings.model} on {settings.data}"), show_header=False)
     rows = {
         "parameters": f"{result.parameters:,}",
         "test accuracy": f"{result.test_accuracy:.2%}",
@@ -67,6 +68,7 @@ def result_table(result: Result, settings: Settings) -> Table:
         "images/s in training": f"{result.images_per_second:,.0f}",
         "weights": str(settings.out / "latest" / "model.safetensors"),
     }
-    for row in rows.items():
-        table.add_row(*row)
+    for name, value in rows.items():
+        # A path may hold what rich takes for markup, and must not be cut where it is long.
+        table.add_row(name, Text(value, overflow="fold"))
     return table

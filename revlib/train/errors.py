@@ -42,3 +42,8 @@ class Interrupted(KeyboardInterrupt):
         name = signal.Signals(signal_number).name
         super().__init__(f"stopped by {name}; --resume goes on from {out / 'latest'}")
         self.signal_number = signal_number
+
+
+def first_line(error: Exception) -> str:
+    """Says in one line what another library raised."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

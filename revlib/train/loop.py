@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from revlib.models import create_model
 from revlib.train import state
 from revlib.train.data import Images, load_data
-from revlib.train.errors import InputError, Interrupted, NonFiniteError
+from revlib.train.errors import InputError, Interrupted, NonFiniteError, first_line
 from revlib.train.folder import claimed
 from revlib.train.interrupt import StopRequest, stop_requests
 from revlib.train.randomness import augment, derive_seed, shuffled
@@ -274,9 +274,8 @@ def _start_accelerator(settings: Settings) -> Accelerator:
             gradient_accumulation_steps=settings.accumulate,
         )
     except ValueError as error:
-        raise InputError(
-            "mixed_precision", rule, f"{settings.mixed_precision} ({error})"
-        ) from error
+        value = f"{settings.mixed_precision} ({first_line(error)})"
+        raise InputError("mixed_precision", rule, value) from error
     # Accelerate would train in float32 without a word.
     if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision", rule, "fp16 on a CPU")

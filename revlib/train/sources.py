@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from revlib.train.errors import InputError
+from revlib.train.errors import InputError, first_line
 
 Arrays = dict[str, np.ndarray]
 NAMES = ("x_train", "x_test", "y_train", "y_test")
@@ -28,7 +28,7 @@ def read_npz(path: Path) -> Arrays:
     # A damaged archive raises whatever the layer raises that first meets the damage.
     except Exception as error:
         rule = "must be an .npz file of plain arrays"
-        raise InputError("data", rule, f"{path} ({_first_line(error)})") from error
+        raise InputError("data", rule, f"{path} ({first_line(error)})") from error
 
 
 def read_folder(path: Path, image_size: int | None) -> Arrays:
@@ -54,7 +54,7 @@ def read_folder(path: Path, image_size: int | None) -> Arrays:
     # What is wrong with a folder, or with a file in it, comes as an error of any kind.
     except Exception as error:
         rule = "must be a folder with one subfolder of images per class"
-        raise InputError("data", rule, f"{path} ({_first_line(error)})") from error
+        raise InputError("data", rule, f"{path} ({first_line(error)})") from error
 
 
 def _split(x: np.ndarray, y: np.ndarray, test_size: int | float) -> Arrays:
@@ -77,7 +77,3 @@ def _stack(
             sizes = "{}x{} and {}x{}".format(*images[0].size, *images[-1].size)
             raise InputError("data", "must hold images of one size, or image_size be given", sizes)
     return np.stack([np.asarray(image) for image in images]), np.array(labels)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from revlib.train import checkpoint
-from revlib.train.errors import CheckpointError, InputError
+from revlib.train.errors import CheckpointError, InputError, first_line
 from revlib.train.results import Epoch
 
 FILE = "run.json"
@@ -47,8 +47,8 @@ def save(accelerator: Accelerator, out: Path, settings: dict[str, Any], state: S
         accelerator.save_state(partial)
     # On a full disk, each library that writes a part of it raises an error of its own.
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{partial} could not be written; is the disk full? ({reason})") from error
+        message = f"{partial} could not be written; is the disk full? ({first_line(error)})"
+        raise OSError(message) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         record = {"settings": settings, **dataclasses.asdict(state)}
@@ -62,13 +62,12 @@ def load(accelerator: Accelerator, out: Path, settings: dict[str, Any]) -> State
     record = json.loads((path / FILE).read_text())
     for name, value in record.pop("settings").items():
         if settings.get(name) != value:
-            raise InputError(
-                name, f"must stay {value}, as in the run in {out}", settings.get(name)
-            )
+            rule = f"must stay {value}, as in the run in {out}"
+            raise InputError(name, rule, settings.get(name))
     try:
         accelerator.load_state(path)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} was written for another model: {reason}") from error
+        message = f"{path} was written for another model ({first_line(error)})"
+        raise CheckpointError(message) from error
     record["history"] = [Epoch(**epoch) for epoch in record["history"]]
     return State(**record)

@@ -59,6 +59,14 @@ def test_finished_run_shows_its_accuracy_and_its_folder(run, settings, linear_mo
     assert status == 0
 
 
+def test_path_is_shown_as_it_is(run, settings, linear_model):
+    out = settings.out.with_name("[bold]")
+
+    _, output, _ = run(*options(dataclasses.replace(settings, out=out)))
+
+    assert f"{out}/latest/model.safetensors" in output.translate(dict.fromkeys(map(ord, "│ \n")))
+
+
 def test_every_epoch_leaves_a_line(run, settings, linear_model):
     _, _, progress = run(*options(settings))
 
