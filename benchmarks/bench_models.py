@@ -1,9 +1,10 @@
-"""Memory and time of a training step of RevNets, against their ResNet twins.
+"""Memory and time of a training step of RevNets and their ResNet twins.
 
 Run:    make bench
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,16 +14,17 @@ from torch.nn import functional as F
 from revlib.benchmarking import measure
 from revlib.models import create_model
 
-TWINS = {"resnet32": "revnet38", "resnet110": "revnet110"}
-MODELS = {
-    label: (resnet, name, options)
-    for resnet, revnet in TWINS.items()
-    for label, name, options in (
-        (resnet, resnet, {}),
-        (f"{revnet}, store", revnet, {"policy": "store"}),
-        (revnet, revnet, {}),
-    )
-}
+
+def family(resnet: str, revnet: str) -> dict[str, Callable[[], nn.Module]]:
+    return {
+        resnet: partial(create_model, resnet),
+        f"{revnet}, store": partial(create_model, revnet, policy="store"),
+        revnet: partial(create_model, revnet),
+    }
+
+
+FAMILIES = [family("resnet32", "revnet38"), family("resnet110", "revnet110")]
+FAMILY_OF = {model: family for family in FAMILIES for model in family}
 
 
 def training_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Optimizer]:
@@ -39,14 +41,18 @@ def training_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Opt
     return step, optimizer
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", FAMILY_OF)
 @pytest.mark.benchmark(group="models")
 def bench_training_step(benchmark, model, device):
-    twin_name, name, options = MODELS[model]
-    network = create_model(name, **options).to(device)
-    twin_step, _ = training_step(create_model(twin_name).to(device))
+    builders = FAMILY_OF[model]
+    resnet, stored, _ = (training_step(build().to(device))[0] for build in builders.values())
+    network = builders[model]().to(device)
     step, optimizer = training_step(network)
 
     measure(
-        benchmark, step, model=network, optimizer=optimizer, against=("ResNet twin", twin_step)
+        benchmark,
+        step,
+        model=network,
+        optimizer=optimizer,
+        against={"ResNet twin": resnet, "RevNet stored": stored},
     )

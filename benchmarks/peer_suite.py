@@ -82,7 +82,7 @@ def bench_training_step(benchmark, method, build, depth, device):
     stored = training_step(nn.Sequential(*blocks), x)
 
     benchmark.extra_info["evaluations of f"] = count_evaluations(step, blocks)
-    measure(benchmark, step, model=model, against=("store", stored), rounds=rounds(depth))
+    measure(benchmark, step, model=model, against={"store": stored}, rounds=rounds(depth))
 
 
 @pytest.mark.benchmark(group="promises")

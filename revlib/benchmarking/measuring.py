@@ -2,10 +2,10 @@
 
 Measuring memory slows a step down, so each has a pass of its own. A second step can be timed
 in turn with the first, A B A B: what disturbs the machine then disturbs both, and their ratio
-stays. `python -m revlib.report` turns the JSON of such benchmarks into tables and pictures.
+stays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -26,27 +26,28 @@ def measure(
     *,
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    against: tuple[str, Callable[[], object]] | None = None,
+    against: Mapping[str, Callable[[], object]] | None = None,
     rounds: int = 10,
 ) -> None:
     """Measures the memory of `step` and then times it, all under pytest-benchmark.
 
     What it finds goes to `benchmark.extra_info`: `peak_bytes` and `saved_bytes`, each split as
     :class:`revlib.memory.MemorySplit` is; `replay_state_bytes`; the device, threads, seed and
-    versions; and with `against` its name and the `time_ratios`, one for each round.
+    versions; and for each step in `against` the `time_ratios`, one for each round.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         step: Does the step: forward, backward and, if it is to be measured, the optimizer.
-        model: The model, whose parameters, buffers and gradients are no activations.
+        model: The model, whose parameters, buffers and gradients are no activations, and whose
+            device is measured.
         optimizer: The optimizer, whose state is no activations.
-        against: The name and the step of what `step` is compared with: it runs before each
-            round of `step`, and is timed too.
+        against: Steps that `step` is compared with, by their names: all of them run before each
+            round of `step`, and are timed too.
         rounds: How often `step` is timed, after one round that is not.
 
     Example:
         A file `bench_mine.py`, for `pytest bench_mine.py --benchmark-json=mine.json` and then
-        `python -m revlib.report mine.json`::
+        `python -m revlib.benchmarking mine.json`::
 
             from revlib.benchmarking import measure
 
@@ -60,12 +61,15 @@ def measure(
     memory = measure_step(step, model=model, optimizer=optimizer)
 
     seconds: list[float] = []
-    seconds_against: list[float] = []
+    seconds_of: dict[str, list[float]] = {name: [] for name in against or {}}
+    others = [_timed(against[name], device, taken) for name, taken in seconds_of.items()]
+
+    def run_others() -> None:
+        for run in others:
+            run()
+
     benchmark.pedantic(
-        _timed(step, device, seconds),
-        setup=_timed(against[1], device, seconds_against) if against else None,
-        rounds=rounds,
-        warmup_rounds=1,
+        _timed(step, device, seconds), setup=run_others, rounds=rounds, warmup_rounds=1
     )
     benchmark.extra_info.update(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -76,10 +80,11 @@ def measure(
         peak_bytes=asdict(memory.peak),
         saved_bytes=asdict(memory.saved),
         replay_state_bytes=memory.replay_state,
+        time_ratios={
+            name: [ours / theirs for ours, theirs in zip(seconds, taken, strict=True)][-rounds:]
+            for name, taken in seconds_of.items()
+        },
     )
-    if against:
-        ratios = [b / a for a, b in zip(seconds_against, seconds, strict=True)]
-        benchmark.extra_info.update(against=against[0], time_ratios=ratios[-rounds:])
 
 
 def _timed(

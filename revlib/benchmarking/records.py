@@ -14,11 +14,11 @@ from revlib.memory import MIB
 
 PEAK = "peak activations, MiB"
 SAVED = "saved activations, MiB"
-LASTING = "parameters, gradients and optimizer state, MiB"
+OTHER = "other memory, MiB"
 TIME = "time, ms"
 
 # What `measure` records for the header, or shows in another form.
-_NO_VALUES = {"device", "threads", "seed", "torch", "revlib", "against", "time_ratios"}
+_NO_VALUES = {"device", "threads", "seed", "torch", "revlib", "time_ratios"}
 _NO_VALUES |= {"peak_bytes", "saved_bytes", "replay_state_bytes"}
 
 
@@ -150,19 +150,19 @@ def _is_axis(name: str, parameters: list[dict[str, Any]]) -> bool:
 def _values(benchmark: dict[str, Any]) -> Iterator[tuple[str, Value]]:
     extra, stats = benchmark["extra_info"], benchmark["stats"]
     if "peak_bytes" in extra:
-        peak = extra["peak_bytes"]
-        yield PEAK, peak["activations"] / MIB
-        lasting = peak["parameters"] + peak["gradients"] + peak["optimizer_state"]
-        yield LASTING, lasting / MIB
+        yield PEAK, extra["peak_bytes"]["activations"] / MIB
     if "saved_bytes" in extra:
         yield SAVED, extra["saved_bytes"]["activations"] / MIB
-    if extra.get("replay_state_bytes"):
-        yield "replay state, MiB", extra["replay_state_bytes"] / MIB
     if stats["rounds"] > 1:  # a single round is not there for its time
+        for name, ratios in extra.get("time_ratios", {}).items():
+            q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+            yield f"time / {name}", Ratio(median, q1, q3)
         yield TIME, 1000 * stats["median"]
-    if len(extra.get("time_ratios", [])) > 1:
-        q1, median, q3 = statistics.quantiles(extra["time_ratios"], n=4, method="inclusive")
-        yield f"time / {extra['against']}", Ratio(median, q1, q3)
     for name, value in extra.items():
         if name not in _NO_VALUES and isinstance(value, int | float | str):
             yield name.replace("_", " "), value
+    if "peak_bytes" in extra:
+        kinds = ("parameters", "gradients", "optimizer_state")
+        yield OTHER, sum(extra["peak_bytes"][kind] for kind in kinds) / MIB
+    if extra.get("replay_state_bytes"):
+        yield "replay state, MiB", extra["replay_state_bytes"] / MIB

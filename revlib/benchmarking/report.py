@@ -16,9 +16,9 @@ from revlib.benchmarking.records import Group, Ratio, Report, Value
 _METHOD = (
     "Memory is measured in a pass of its own. Peak activations are the most bytes alive at once "
     "in a step; saved ones are what autograd keeps for backward, not what a library keeps past "
-    "it. Both leave out the step's input, parameters, gradients and optimizer state. A time is "
-    "the median over the rounds. A time ratio is of two steps that ran in turn: the median over "
-    "the rounds ± half the distance between the quartiles."
+    "it. Neither counts the step's input, nor parameters, gradients and optimizer state, which "
+    "are the other memory. A time is the median over the rounds. A time ratio is of two steps "
+    "that ran in turn: the median over the rounds ± half the distance between the quartiles."
 )
 
 
@@ -52,7 +52,7 @@ def tabulate(group: Group) -> list[Grid]:
     for kind in kinds:
         lines = [
             [name, *(_text(cells.get((name, position), {}).get(kind)) for position in positions)]
-            for name in names
+            for name in dict.fromkeys(row.name for row in group.rows if kind in row.values)
         ]
         grids.append(Grid(kind, ["", *columns], lines))
     return grids
@@ -66,7 +66,8 @@ def to_terminal(report: Report, console: Console) -> None:
             title = None if grid.title == group.title else grid.title
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
             for name in grid.header:
-                table.add_column(name, justify="right" if name else "left", overflow="fold")
+                side = "right" if name else "left"
+                table.add_column(name, justify=side, no_wrap=not name, overflow="fold")
             for line in grid.lines:
                 table.add_row(*line)
             console.print(table)
