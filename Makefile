@@ -37,7 +37,8 @@ bench: $(INSTALLED) ## memory and time of training steps, here and in other libr
 	@mkdir -p $(RUNS)/bench
 	$(BIN)/python -m pytest benchmarks -v --benchmark-quiet --benchmark-json=$(RUNS)/bench/own.json
 	$(BIN)/python -m benchmarks.peers $(RUNS)/bench/peers
-	$(BIN)/python -m revlib.benchmarking $(RUNS)/bench/own.json $(RUNS)/bench/peers/*.json
+	$(BIN)/python -m revlib.benchmarking $(RUNS)/bench/own.json $(RUNS)/bench/peers/*.json \
+		--command "make bench"
 
 gpu-test: gpu ## the tests that run on a device, on the GPU
 	$(PY) -m pytest tests --device cuda
@@ -46,7 +47,7 @@ gpu-bench: gpu ## the benchmarks, on the GPU; other libraries are compared by be
 	@mkdir -p $(RUNS)/gpu-bench
 	$(PY) -m pytest benchmarks -v --benchmark-quiet --device cuda \
 		--benchmark-json=$(RUNS)/gpu-bench/own.json
-	$(PY) -m revlib.benchmarking $(RUNS)/gpu-bench/own.json
+	$(PY) -m revlib.benchmarking $(RUNS)/gpu-bench/own.json --command "make gpu-bench"
 
 gpu:
 	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \

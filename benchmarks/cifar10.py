@@ -71,7 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--report",
         type=Path,
-        default=Path("benchmarks/results/cifar10"),
+        default=Path("runs/cifar10/cifar10"),
         help="the path of the results, without a suffix",
     )
     options = parser.parse_args()

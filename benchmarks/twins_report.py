@@ -15,8 +15,8 @@ from rich.table import Table
 
 import revlib
 from benchmarks.twins import CONTENDERS, RESNET, REVNET, STORED, TRAINED, Comparison, Contender
+from revlib.memory import MIB
 
-MIB = 2**20
 COLORS = {RESNET.label: "#7d838c", STORED.label: "#86b9dd", REVNET.label: "#0864ab"}
 INK = "#2b2f36"
 SHARED_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "augment", "mixed_precision")

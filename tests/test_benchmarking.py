@@ -165,3 +165,58 @@ def test_the_report_is_named_by_device_and_date(tmp_path, monkeypatch):
         "cpu-x-2020-02-02.json",
         "cpu-x-2020-02-02.md",
     ]
+
+
+def test_names_with_brackets_and_bars_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
+    benchmarks = [{"group": "[/names] a|b", "params": {"kind": "[/x] [red]d"}}]
+    path = benchmark_json(tmp_path / "a.json", benchmarks)
+    monkeypatch.setattr(sys, "argv", ["report", str(path)])
+
+    main()
+
+    assert "[/names] a|b" in (shown := capsys.readouterr().out)
+    assert "[/x] [red]d" in shown
+    assert "| [/x] [red]d |" in to_markdown(read([path]), {})
+
+
+def test_a_switch_is_no_axis(tmp_path):
+    benchmarks = [{"params": {"compiled": value}} for value in (False, True)]
+
+    (group,) = read([benchmark_json(tmp_path / "a.json", benchmarks)]).groups
+
+    assert group.axis is None
+    assert [row.name for row in group.rows] == ["False", "True"]
+
+
+def test_a_class_is_named_by_its_id(tmp_path):
+    benchmarks = [{"params": {"layer": "UNSERIALIZABLE[<class 'ReLU'>]"}, "param": "ReLU"}]
+
+    (group,) = read([benchmark_json(tmp_path / "a.json", benchmarks)]).groups
+
+    assert group.rows[0].name == "ReLU"
+
+
+def test_the_header_names_the_command_and_leaves_out_a_commit_that_is_not_there(tmp_path):
+    path = benchmark_json(tmp_path / "a.json", [{}], commit_info={"id": "unversioned"})
+
+    made_by = read([path], "make bench").made_by
+
+    assert made_by["command"] == "make bench"
+    assert "commit" not in made_by
+
+
+@pytest.mark.parametrize("text", ['{"benchmarks": [{}]}', "[]", "no JSON"])
+def test_a_file_that_is_not_pytest_benchmarks_gets_one_line(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+
+    with pytest.raises(ValueError, match=r"files must be JSON of pytest-benchmark; got .*a\.json"):
+        read([path])
+
+
+def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path, monkeypatch):
+    path = benchmark_json(tmp_path / "a.json", [{}])
+    monkeypatch.setattr(sys, "argv", ["report", str(path), "--out", str(path / "below")])
+
+    with pytest.raises(SystemExit, match="Not a directory"):
+        main()

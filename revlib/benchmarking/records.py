@@ -79,8 +79,12 @@ class Report:
     not_measured: dict[str, str]
 
 
-def read(paths: Sequence[Path]) -> Report:
+def read(paths: Sequence[Path], command: str | None = None) -> Report:
     """Reads the benchmarks of all files as those of one run.
+
+    Args:
+        paths: The files.
+        command: What was run to write them, for the header.
 
     Raises:
         ValueError: If a file is not what `--benchmark-json` writes, or none has benchmarks.
@@ -94,7 +98,7 @@ def read(paths: Sequence[Path]) -> Report:
         for benchmark in run["benchmarks"]:
             by_group.setdefault(benchmark["group"] or "benchmarks", []).append(benchmark)
     return Report(
-        _made_by(measured[0]),
+        _made_by(measured[0], command),
         [_group(title, benchmarks) for title, benchmarks in by_group.items()],
         {name: why for run in runs for name, why in run.get("not_measured", {}).items()},
     )
@@ -105,18 +109,20 @@ def _load(path: Path) -> dict[str, Any]:
         run = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"files must be JSON of pytest-benchmark; got {path}: {error}") from None
-    if not isinstance(run, dict) or "benchmarks" not in run:
+    benchmarks = run.get("benchmarks") if isinstance(run, dict) else None
+    if not isinstance(benchmarks, list) or not all("stats" in each for each in benchmarks):
         raise ValueError(f"files must be JSON of pytest-benchmark; got {path} without benchmarks")
     return run
 
 
-def _made_by(run: dict[str, Any]) -> dict[str, str]:
+def _made_by(run: dict[str, Any], command: str | None) -> dict[str, str]:
     machine, commit = run["machine_info"], run["commit_info"]
     extras = (benchmark["extra_info"] for benchmark in run["benchmarks"])
     extra = next((extra for extra in extras if "device" in extra), {})
     cpu = f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cpu']['count']} cores"
     device = extra.get("device", "cpu")
     made_by = {
+        "command": command,
         "device": cpu if device == "cpu" else device,
         "host": None if device == "cpu" else cpu,
         "threads": extra.get("threads"),
@@ -128,6 +134,8 @@ def _made_by(run: dict[str, Any]) -> dict[str, str]:
         "date": run["datetime"][:10],
         "commit": commit["id"][:10] + (" and changes since" if commit.get("dirty") else ""),
     }
+    if commit["id"] == "unversioned":
+        del made_by["commit"]
     return {name: str(value) for name, value in made_by.items() if value is not None}
 
 
@@ -138,13 +146,15 @@ def _group(title: str, benchmarks: list[dict[str, Any]]) -> Group:
     for benchmark, settings in zip(benchmarks, parameters, strict=True):
         names = [str(value) for name, value in settings.items() if name != axis]
         name = ", ".join(names) or benchmark["name"].partition("[")[0]
+        if "UNSERIALIZABLE" in name:  # pytest-benchmark's word for a class or a function
+            name = benchmark["param"]
         rows.append(Row(name, settings.get(axis), dict(_values(benchmark))))
     return Group(title, axis, rows)
 
 
 def _is_axis(name: str, parameters: list[dict[str, Any]]) -> bool:
     values = {settings.get(name) for settings in parameters}
-    return len(values) > 1 and all(isinstance(value, int) for value in values)
+    return len(values) > 1 and all(type(value) is int for value in values)
 
 
 def _values(benchmark: dict[str, Any]) -> Iterator[tuple[str, Value]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from revlib.benchmarking.picture import draw
 from revlib.benchmarking.records import Group, Ratio, Report, Value
@@ -61,15 +62,15 @@ def tabulate(group: Group) -> list[Grid]:
 def to_terminal(report: Report, console: Console) -> None:
     """Prints the tables."""
     for group in report.groups:
-        console.rule(group.title, align="left")
+        console.rule(Text(group.title), align="left")
         for grid in tabulate(group):
-            title = None if grid.title == group.title else grid.title
+            title = None if grid.title == group.title else Text(grid.title)
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
             for name in grid.header:
                 side = "right" if name else "left"
-                table.add_column(name, justify=side, no_wrap=not name, overflow="fold")
+                table.add_column(Text(name), justify=side, no_wrap=not name, overflow="fold")
             for line in grid.lines:
-                table.add_row(*line)
+                table.add_row(*map(Text, line))
             console.print(table)
     for name, why in report.not_measured.items():
         console.print(f"not measured: {name}: {why}", markup=False)
@@ -91,7 +92,7 @@ def to_markdown(report: Report, pictures: dict[str, Path]) -> str:
                 paragraphs.append(f"### {grid.title[0].upper()}{grid.title[1:]}")
             rule = ["---", *["---:"] * (len(grid.header) - 1)]
             lines = [grid.header, rule, *grid.lines]
-            paragraphs.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            paragraphs.append("\n".join(map(_markdown_line, lines)))
     if report.not_measured:
         paragraphs += ["## Not measured", _bullets(report.not_measured.items())]
     return "\n\n".join(paragraphs) + "\n"
@@ -117,6 +118,10 @@ def _bullets(pairs: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"- {name}: {text}" for name, text in pairs)
 
 
+def _markdown_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
 def _slug(text: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
 
@@ -129,7 +134,7 @@ def _text(value: Value | None) -> str:
             return value
         case Ratio(median, q1, q3):
             return f"{median:.2f} ± {(q3 - q1) / 2:.2f}"
-        case _ if value == 0 or 0.1 <= value < 10:
+        case _ if value == 0 or 0.001 <= value < 10:
             return f"{value:.3g}"
         case _ if 10 <= value < 1e6:
             return f"{value:,.1f}"
