@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # the public torch.compiler.disable imports Dynamo
-from torch.autograd.function import once_differentiable
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
 
 from revlib.evaluate import Evaluate, Record, Replay
 from revlib.invertible import InvertibleModule
@@ -32,6 +32,7 @@ class Leg:
     label: str
     policy: Policy
     parameters: Streams
+    whole: bool
     form: Form
     run: Callable[[nn.Module, Streams, Evaluate], Streams]
     run_backward: Callable[[nn.Module, Streams, Streams, Replay], tuple[Streams, Streams]]
@@ -41,18 +42,19 @@ class Leg:
 
 
 def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = False) -> Leg:
-    """Returns the leg for a block; one that carries hooks is called whole, so they fire."""
+    """Returns the leg for a block, which is called whole unless its methods on streams serve."""
     parameters = tuple(block.parameters())
     if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
         policy = "store"  # autograd cannot pass on parameters that have no shape yet
-    on_streams = isinstance(block, InvertibleModule) and not has_hooks(block)
-    cls = type(block) if on_streams else InvertibleModule
+    whole = not isinstance(block, InvertibleModule) or not block.on_streams or is_altered(block)
+    cls = InvertibleModule if whole else type(block)
     return Leg(
         block,
         f"block {name} ({type(block).__name__})",
         policy,
         parameters,
-        block.form if on_streams else "whole",
+        whole,
+        "whole" if whole else block.form,
         cls.inverse_streams if inverse else cls.forward_streams,
         cls.inverse_backward_streams if inverse else cls.backward_streams,
     )
@@ -101,6 +103,11 @@ def _run_storing(
 def _run_rebuilding(
     legs: list[Leg], streams: Streams, entry: Form, context: Tensor | None
 ) -> tuple[Streams, int]:
+    if parametrize._cache_enabled:
+        raise NotImplementedError(
+            "inside torch.nn.utils.parametrize.cached() a ReversibleSequential runs under "
+            "policy='store' only: the cache would keep weights without their gradients"
+        )
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "torch.func transforms differentiate a ReversibleSequential under policy='store' only"
@@ -116,7 +123,7 @@ def _run_rebuilding(
             streams, form = _store(leg, streams, form, entry, context)
             previous_rebuilds = False
             continue
-        inner = form_within(leg.form, entry)
+        inner = _form_of(leg, entry)
         node = Node(
             leg,
             form,
@@ -131,11 +138,19 @@ def _run_rebuilding(
     return convert(streams, form, entry), tape.state_bytes
 
 
+def _form_of(leg: Leg, entry: Form) -> Form:
+    try:
+        return form_within(leg.form, entry)
+    except ValueError as error:
+        hint = "; it is called whole, as a block is that carries hooks" if leg.whole else ""
+        raise ValueError(f"{leg.label}: {error}{hint}") from None
+
+
 def _store(
     leg: Leg, streams: Streams, form: Form, entry: Form, context: Tensor | None
 ) -> tuple[Streams, Form]:
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
-    inner = form_within(leg.form, entry)
+    inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
     return leg(streams, Evaluate(context, leg.label)), inner
 
@@ -186,9 +201,10 @@ class BlockFunction(torch.autograd.Function):
     """Runs one block of a chain.
 
     What is kept: under "rebuild" nothing, but for the output of the last block; under
-    "recompute" the input; and the replay state. Parameters, constant buffers and the context
-    are saved as well, though they are alive anyway: autograd then reports it when they, or
-    the chain's output, are changed in place before backward.
+    "recompute", or if a block that is called whole drew random numbers or changed buffers, the
+    input; and the replay state. Parameters, constant buffers and the context are saved as well, though they
+    are alive anyway: autograd then reports it when they, or the chain's output, are changed in
+    place before backward.
     """
 
     @staticmethod
@@ -199,12 +215,16 @@ class BlockFunction(torch.autograd.Function):
         evaluate = Record(context, node.leg.label)
         outputs = node.leg(node.enter(arriving), evaluate)
         outputs = convert(outputs, node.form, node.form_out)
+        # Inverted as a whole, a block may draw its numbers and read its buffers in another order.
+        depends_on_order = any(e.rng is not None or e.priors for e in evaluate.evaluations)
+        ctx.recompute = node.leg.policy == "recompute" or (node.leg.whole and depends_on_order)
         kept = ()
-        if node.leg.policy == "recompute":
+        if ctx.recompute:
             kept = arriving
         elif node.keeps_output:
             kept = outputs
         constants = [slot.tensor for e in evaluate.evaluations for slot in e.constants]
+        constants = [c for c in constants if c is not None and not c.is_inference()]
         ctx.save_for_backward(context, *kept, *parameters, *constants)
         ctx.n_kept = len(kept)
         ctx.node, ctx.tape, ctx.parameters = node, tape, parameters
@@ -214,12 +234,16 @@ class BlockFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         node, leg, tape = ctx.node, ctx.node.leg, ctx.tape
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{leg.label}: a rebuilt or recomputed block cannot be differentiated twice "
+                "(create_graph=True); give it policy='store'"
+            )
         context, *saved = ctx.saved_tensors
         kept = tuple(saved[: ctx.n_kept])
-        recompute = leg.policy == "recompute"
+        recompute = ctx.recompute
         evaluate = Replay(
             ctx.evaluations, ctx.parameters, context, leg.label, ctx.autocast, in_order=recompute
         )
@@ -246,11 +270,14 @@ def _cut(tensors: Streams, form: Form) -> tuple[Streams, Streams]:
     return tensors[:n], tensors[n:]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tells whether calling `module` runs hooks of its own."""
+def is_altered(block: nn.Module) -> bool:
+    """Tells whether calling this very block does more than its class says."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        block._forward_hooks
+        or block._forward_pre_hooks
+        or block._backward_hooks
+        or block._backward_pre_hooks
+        or block._compiled_call_impl
+        or "forward" in block.__dict__
+        or "inverse" in block.__dict__
     )

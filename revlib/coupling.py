@@ -44,6 +44,11 @@ class AdditiveCoupling(InvertibleModule):
 
     def __init__(self, f: nn.Module, g: nn.Module, *, split_dim: int = 1) -> None:
         super().__init__()
+        for name, network in (("f", f), ("g", g)):
+            if not isinstance(network, nn.Module):
+                raise TypeError(f"{name} must be a module; got {type(network).__name__}")
+        if not isinstance(split_dim, int):
+            raise TypeError(f"split_dim must be an integer; got {split_dim!r}")
         self.f = f
         self.g = g
         self.split_dim = split_dim

@@ -87,18 +87,24 @@ class Record(Evaluate):
         rng = rng_states(device)
         parts, parameters, buffers, scratch = [], [], [], []
         for part in module.modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"{self.label}: TorchScript hides the state of {part.original_name}, so it "
+                    "cannot be evaluated again as it was; give the block policy='store'"
+                )
             parts.append(part)
             parameters += slots(part._parameters)
             kind = scratch if writes_statistics_only(part) else buffers
-            kind += slots(part._buffers)
+            kind += slots(part._buffers, with_empty=True)
         modes = [part.training for part in parts]
-        before = [(slot, slot.tensor._version, slot.tensor.clone()) for slot in buffers]
+        copies = {slot.tensor: slot.tensor.clone() for slot in buffers if slot.tensor is not None}
+        before = [(slot, _version(slot.tensor), copies.get(slot.tensor)) for slot in buffers]
 
         value = super()._call(module, args)
 
         constants, priors = [], []
         for slot, version, prior in before:
-            if slot.is_untouched() and slot.tensor._version == version:
+            if slot.is_untouched() and _version(slot.tensor) == version:
                 constants.append(slot)
             else:
                 priors.append(slot._replace(tensor=prior))
@@ -147,6 +153,11 @@ class Replay(Evaluate):
         self._pending: dict[nn.Module, list[Evaluation]] = defaultdict(list)
         for evaluation in reversed(evaluations) if in_order else evaluations:
             self._pending[evaluation.module].append(evaluation)
+
+    def narrowest(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the narrower of `dtype` and what autocast had the evaluation compute in."""
+        dtypes = [dtype, *(d for _, d, enabled in self._autocast.states if enabled)]
+        return max(dtypes, key=lambda d: torch.finfo(d).eps)
 
     def vjp(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Evaluates `module` at `x` once, for its value and its gradients alike.
@@ -219,8 +230,12 @@ class Replay(Evaluate):
 
     def _substitutes(self, evaluation: Evaluation) -> list[tuple[Slot, Tensor]]:
         """Returns what places of the module must hold in place of what they hold now."""
-        found = [(slot, slot.holder[slot.key].clone()) for slot in evaluation.scratch]
-        found += [(slot, slot.tensor.clone()) for slot in evaluation.priors]
+        found = [
+            (slot, slot.tensor.clone()) for slot in evaluation.scratch if slot.tensor is not None
+        ]
+        priors = {slot.tensor for slot in evaluation.priors} - {None}
+        copies = {prior: prior.clone() for prior in priors}
+        found += [(slot, copies.get(slot.tensor)) for slot in evaluation.priors]
         found += [(slot, slot.tensor) for slot in evaluation.constants if not slot.is_untouched()]
         stand_ins = {}
         for slot in evaluation.parameters:
@@ -259,9 +274,11 @@ class Replay(Evaluate):
             self.gradients[place] = _sum(self.gradients[place], gradient)
 
 
-def _version(x: Tensor) -> int | None:
+def _version(x: Tensor | None) -> int | None:
     """Returns what an in-place write changes, or None where writes are not counted."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    if x is None or torch.compiler.is_compiling() or x.is_inference():
+        return None
+    return x._version
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ def writes_statistics_only(part: nn.Module) -> bool:
 
 
 class Slot(NamedTuple):
-    """A place in a module for a parameter or buffer, and the tensor that it held."""
+    """A place in a module for a parameter or buffer, and the tensor that it held, if any."""
 
     holder: dict[str, Tensor | None]
     key: str
-    tensor: Tensor
+    tensor: Tensor | None
 
     def is_untouched(self) -> bool:
         """Tells whether the place still holds the same tensor."""
@@ -66,7 +66,7 @@ class Evaluation:
     @property
     def state_bytes(self) -> int:
         """The bytes of replay state: RNG states and prior values of buffers."""
-        states = [slot.tensor for slot in self.priors] + list(self.rng or ())
+        states = {slot.tensor for slot in self.priors} - {None} | {*(self.rng or ())}
         return sum(state.nbytes for state in states)
 
 
@@ -110,9 +110,13 @@ def autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def slots(holder: dict[str, Tensor | None]) -> list[Slot]:
-    """Returns the places of a module's `_parameters` or `_buffers` that are filled."""
-    return [Slot(holder, key, tensor) for key, tensor in holder.items() if tensor is not None]
+def slots(holder: dict[str, Tensor | None], *, with_empty: bool = False) -> list[Slot]:
+    """Returns the places of a module's `_parameters` or `_buffers` that are filled, or all."""
+    return [
+        Slot(holder, key, tensor)
+        for key, tensor in holder.items()
+        if with_empty or tensor is not None
+    ]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Self, get_args
 
 from torch import Tensor, nn
 
-from revlib.autograd import Leg, Policy, has_hooks, make_leg, run_chain
+from revlib.autograd import Leg, Policy, is_altered, make_leg, run_chain
 from revlib.invertible import InvertibleModule
 from revlib.streams import Stream
 
@@ -64,6 +64,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 
     @policy.setter
     def policy(self, policy: Policy | Sequence[Policy]) -> None:
+        if not isinstance(policy, Sequence):
+            raise TypeError(f"policy must be a name or a list of names; got {policy!r}")
         policy = policy if isinstance(policy, str) else list(policy)
         self._resolve(policy)
         self._policy = policy
@@ -212,5 +214,5 @@ def _runs_as_its_blocks(block: nn.Module) -> bool:
         isinstance(block, ReversibleSequential)
         and type(block).forward is ReversibleSequential.forward
         and type(block).inverse is ReversibleSequential.inverse
-        and not has_hooks(block)
+        and not is_altered(block)
     )

@@ -66,10 +66,12 @@ def check_gradients(
         block: The block, or a chain.
         x: An input of the block.
         context: The conditioning input, or None.
-        rtol: The error allowed, relative to the largest value of each gradient.
+        rtol: The error allowed, relative to the largest value of any gradient or output.
 
     Raises:
         AssertionError: If one differs; it names the block, the tensor and the worst value.
+        RuntimeError: If the inverse is so wrong that the chain itself refuses to rebuild.
+        ValueError: If the block has no cheap inverse, so that chains do not rebuild it.
 
     Example:
         >>> block = revlib.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -78,6 +80,9 @@ def check_gradients(
     for direction in ("forward", "inverse"):
         got = _gradients(block, x, context, direction, "rebuild")
         want = _gradients(block, x, context, direction, "store")
+        scale = max(
+            (t.abs().max().item() for t in want.values() if t is not None and t.numel()), default=0
+        )
         for name in want:
             label = f"{type(block).__name__}.{direction}: {name}"
             if (got[name] is None) != (want[name] is None):
@@ -86,14 +91,13 @@ def check_gradients(
                     f"{'missing' if want[name] is None else 'there'} when stored"
                 )
             if want[name] is not None:
-                scale = want[name].abs().max().item() if want[name].numel() else 0.0
                 _assert_close(got[name], want[name], f"{label} differs", 0.0, rtol * scale)
 
 
 def _gradients(
     block: InvertibleModule, x: Stream, context: Tensor | None, direction: str, policy: str
 ) -> dict[str, Tensor | None]:
-    chain = ReversibleSequential(deepcopy(block).double(), policy=policy)
+    chain = ReversibleSequential(deepcopy(block).double(), policy=[policy])
     args = tuple(arg.detach().double() for arg in (context,) if arg is not None)
     streams = tuple(stream.detach().double() for stream in enter(x)[0])
     with torch.random.fork_rng():

@@ -7,7 +7,7 @@ import torch
 from chains import CASES, Rotation, coupling, mlp
 from torch import nn
 
-from revlib import InvertibleModule, ReversibleSequential
+from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential
 
 
 def make(n: int = 4, policy: str | list[str] = "rebuild") -> ReversibleSequential:
@@ -210,8 +210,34 @@ def test_context_that_is_no_tensor_raises():
 
 
 def test_pair_for_a_block_on_one_tensor_raises():
-    with pytest.raises(ValueError, match="works on one tensor was given a pair"):
+    with pytest.raises(
+        ValueError, match=r"block 0 \(Rotation\): a block that works on one tensor"
+    ):
         ReversibleSequential(Rotation())((torch.ones(2, 4), torch.ones(2, 4)))
+
+
+def test_pair_for_a_block_that_carries_hooks_raises():
+    chain = make(2)
+    chain[1].register_forward_hook(lambda *_: None)
+
+    with pytest.raises(ValueError, match=r"block 1 .* as a block is that carries hooks"):
+        chain((torch.ones(5, 2), torch.ones(5, 2)))
+
+
+@pytest.mark.parametrize("policy", [None, 3])
+def test_policy_of_the_wrong_type_raises(policy):
+    with pytest.raises(TypeError, match=f"policy must be a name or a list of names; got {policy}"):
+        make(policy=policy)
+
+
+def test_sub_network_that_is_no_module_raises():
+    with pytest.raises(TypeError, match="g must be a module; got builtin_function_or_method"):
+        AdditiveCoupling(nn.Tanh(), torch.tanh)
+
+
+def test_split_dim_that_is_no_integer_raises():
+    with pytest.raises(TypeError, match="split_dim must be an integer; got 'channels'"):
+        AdditiveCoupling(nn.Tanh(), nn.Tanh(), split_dim="channels")
 
 
 @pytest.mark.parametrize("name", ["f", "g"])

@@ -47,6 +47,21 @@ def test_block_with_dropout_passes():
     check_gradients(block, torch.randn(5, 6))
 
 
+def test_gradients_that_are_zero_but_for_rounding_pass():
+    def before_norm() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())
+
+    check_gradients(AdditiveCoupling(before_norm(), before_norm()), torch.randn(5, 6))
+
+
+def test_block_that_chains_do_not_rebuild_is_not_passed_unchecked():
+    class Costly(Rotation):
+        cheap_inverse = False
+
+    with pytest.raises(ValueError, match="no cheap inverse"):
+        check_gradients(Costly(), torch.randn(5, 6))
+
+
 class HalfInverse(Rotation):
     def inverse(self, y: Tensor) -> Tensor:
         return self._rotate(y, -0.999 * self.angle)
@@ -90,7 +105,7 @@ def test_drifting_inverse_of_a_block_is_found():
             return 3 * x.sinh()
 
         def inverse(self, y: Tensor) -> Tensor:
-            return (y / 3).asinh() * (1 + 1e-6)
+            return (y / 3).asinh() * (1 + 1e-9)
 
     with pytest.raises(AssertionError, match=r"Drifting.forward: gradient of input 0 differs"):
         check_gradients(Drifting(), torch.randn(5, 6))
