@@ -202,9 +202,9 @@ class BlockFunction(torch.autograd.Function):
 
     What is kept: under "rebuild" nothing, but for the output of the last block; under
     "recompute", or if a block that is called whole drew random numbers or changed buffers, the
-    input; and the replay state. Parameters, constant buffers and the context are saved as well, though they
-    are alive anyway: autograd then reports it when they, or the chain's output, are changed in
-    place before backward.
+    input; and the replay state. Parameters, constant buffers and the context are saved as
+    well, though they are alive anyway: autograd then reports it when they, or the chain's
+    output, are changed in place before backward.
     """
 
     @staticmethod

@@ -53,16 +53,26 @@ def load_data(source: str, *, image_size: int | None = None) -> Images:
         >>> images.x_train.shape, images.x_test.shape, images.classes
         (torch.Size([1437, 1, 8, 8]), torch.Size([360, 1, 8, 8]), 10)
     """
+    arrays = _read(source, image_size)
+    try:
+        return images_from_arrays(arrays)
+    except InputError as error:
+        raise InputError(f"{error.argument} of {source}", error.rule, error.value) from None
+
+
+def _read(source: str, image_size: int | None) -> sources.Arrays:
     path = Path(source)
-    if image_size is not None and not path.is_dir():
+    is_folder = source != "" and path.is_dir()  # Path("") is the current folder.
+    if image_size is not None and not is_folder:
         raise InputError("image_size", "is for a folder of images", f"data {source}")
     if source == "digits":
-        return images_from_arrays(sources.read_digits())
-    if path.is_dir():
-        return images_from_arrays(sources.read_folder(path, image_size))
+        return sources.read_digits()
+    if is_folder:
+        return sources.read_folder(path, image_size)
     if path.is_file():
-        return images_from_arrays(sources.read_npz(path))
-    raise InputError("data", "must be digits, an .npz file or a folder of images", source)
+        return sources.read_npz(path)
+    rule = "must be digits, an .npz file or a folder of images"
+    raise InputError("data", rule, f"{source!r}, where there is none")
 
 
 def images_from_arrays(arrays: Mapping[str, np.ndarray]) -> Images:
@@ -74,9 +84,12 @@ def images_from_arrays(arrays: Mapping[str, np.ndarray]) -> Images:
     """
     missing = [name for name in sources.NAMES if name not in arrays]
     if missing:
-        rule = f"must hold the arrays {', '.join(sources.NAMES)}"
-        raise InputError("data", rule, f"no {', '.join(missing)}")
+        rule = f"must be {', '.join(sources.NAMES)}"
+        raise InputError("arrays", rule, f"no {', '.join(missing)}")
     x_train, x_test = (_pixels(name, arrays[name]) for name in ("x_train", "x_test"))
+    if x_test.dtype != x_train.dtype:
+        rule = f"must hold {arrays['x_train'].dtype} like x_train, with the same range"
+        raise InputError("x_test", rule, arrays["x_test"].dtype)
     if x_test.shape[1:] != x_train.shape[1:]:
         rule = f"must hold images [C, H, W] like x_train's {list(x_train.shape[1:])}"
         raise InputError("x_test", rule, list(x_test.shape[1:]))
@@ -92,6 +105,8 @@ def _pixels(name: str, array: np.ndarray) -> Tensor:
         raise InputError(name, "must be uint8 or floating point", array.dtype)
     if array.ndim not in (3, 4) or array.size == 0:
         raise InputError(name, "must be [N, H, W] or [N, H, W, C] and not empty", array.shape)
+    if array.ndim == 4 and array.shape[3] > 4:
+        raise InputError(name, "must have its 1 to 4 channels last", array.shape)
     if array.dtype != np.uint8:
         with np.errstate(over="ignore"):  # What does not fit in float32 is reported below.
             array = array.astype(np.float32)
@@ -117,6 +132,8 @@ def _labels(name: str, array: np.ndarray, images: int) -> Tensor:
 def _count_classes(y_train: Tensor, y_test: Tensor) -> int:
     present = y_train.unique().tolist()
     largest = present[-1]
+    if largest == 0:
+        raise InputError("y_train", "must hold at least 2 classes", 1)
     # Without this rule one stray label of 255 would silently make 256 classes.
     if len(present) != largest + 1:
         absent = next(label for label in range(largest) if label != present[label])

@@ -20,6 +20,8 @@ class InputError(ValueError):
     def __init__(self, argument: str, rule: str, value: object) -> None:
         super().__init__(f"{argument} {rule}; got {value}")
         self.argument = argument
+        self.rule = rule
+        self.value = value
 
 
 class CheckpointError(RuntimeError):

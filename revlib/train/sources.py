@@ -1,5 +1,6 @@
 """Where labelled images come from: each reader returns the same four NumPy arrays, unchecked."""
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from revlib.train.errors import InputError, first_line
 
 Arrays = dict[str, np.ndarray]
+FOLDER_RULE = "must be a folder with one subfolder of images per class"
 NAMES = ("x_train", "x_test", "y_train", "y_test")
 
 
@@ -23,8 +25,11 @@ def read_digits() -> Arrays:
 def read_npz(path: Path) -> Arrays:
     """Reads an `.npz` file with the arrays that `NAMES` lists."""
     try:
+        # What is no archive NumPy would take for a pickle.
+        zipfile.ZipFile(path).close()
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in NAMES if name in file}
+            # A file in the archive that is no array comes as bytes.
+            return {name: np.asarray(file[name]) for name in NAMES if name in file}
     # A damaged archive raises whatever the layer raises that first meets the damage.
     except Exception as error:
         rule = "must be an .npz file of plain arrays"
@@ -45,16 +50,17 @@ def read_folder(path: Path, image_size: int | None) -> Arrays:
         # Streamed: each image is needed once, and else the library would keep a copy on disk.
         splits = load_dataset("imagefolder", data_dir=str(path), streaming=True)
         stacks = {name: _stack(rows, image_size) for name, rows in splits.items()}
+        if "train" not in stacks:
+            raise InputError("data", FOLDER_RULE, "no images to train on")
         x_train, y_train = stacks["train"]
         if held_out := stacks.get("test") or stacks.get("validation"):
             return dict(zip(NAMES, (x_train, held_out[0], y_train, held_out[1]), strict=True))
         return _split(x_train, y_train, test_size=0.2)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError("data", error.rule, f"{error.value} in {path}") from None
     # What is wrong with a folder, or with a file in it, comes as an error of any kind.
     except Exception as error:
-        rule = "must be a folder with one subfolder of images per class"
-        raise InputError("data", rule, f"{path} ({first_line(error)})") from error
+        raise InputError("data", FOLDER_RULE, f"{path} ({first_line(error)})") from error
 
 
 def _split(x: np.ndarray, y: np.ndarray, test_size: int | float) -> Arrays:
@@ -70,6 +76,8 @@ def _stack(
 ) -> tuple[np.ndarray, np.ndarray]:
     images, labels = [], []
     for row in rows:
+        if "label" not in row:
+            raise InputError("data", FOLDER_RULE, "fewer than two subfolders with images")
         image = row["image"].convert("RGB")
         images.append(image.resize((image_size, image_size)) if image_size else image)
         labels.append(row["label"])

@@ -97,7 +97,10 @@ BAD_INPUT = [
     (["--batch-size", "2000"], "--batch-size must be at most 96, "),
     (["--lr", "nan"], "--lr must be above 0 and finite; got nan"),
     (["--model", "vgg"], "--model must be one of resnet32, "),
-    (["--data", "no/such.npz"], "--data must be digits, an .npz file or a folder of images; got "),
+    (
+        ["--data", "no/such.npz"],
+        "--data must be digits, an .npz file or a folder of images; got 'no/",
+    ),
     (["--image-size", "4"], "--image-size is for a folder of images; got data "),
     (["--mixed-precision", "fp16"], "--mixed-precision must be one that this machine can do"),
     (["--out", __file__], "--out must be a folder that can be written; got "),
@@ -132,7 +135,7 @@ def test_wrong_images_get_one_line_and_status_2(run, settings, arrays, tmp_path)
 
     status, _, errors = run(*options(settings), "--data", str(tmp_path / "wrong.npz"))
 
-    line = "x_test must be finite; got NaN or infinity in image 0"
+    line = f"x_test of {tmp_path / 'wrong.npz'} must be finite; got NaN or infinity in image 0"
     assert errors == f"revlib train: {line}\n"
     assert status == 2
 

@@ -1,7 +1,9 @@
 """Images from files, folders and scikit-learn, and the line that says what is wrong with them."""
 
 import re
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,22 @@ WRONG_ARRAYS = [
         lambda x: x[:, :7],
         "x_test must hold images [C, H, W] like x_train's [1, 8, 8]; got [1, 7, 8]",
     ),
+    (
+        "x_train",
+        lambda x: np.stack((x,) * 5, axis=-1),
+        "x_train must have its 1 to 4 channels last; got (96, 8, 8, 5)",
+    ),
+    (
+        "x_test",
+        lambda x: np.stack((x,) * 3, axis=1),
+        "x_test must have its 1 to 4 channels last; got (20, 3, 8, 8)",
+    ),
+    (
+        "x_test",
+        lambda x: x / np.float32(255),
+        "x_test must hold uint8 like x_train, with the same range; got float32",
+    ),
+    ("y_train", lambda y: 0 * y, "y_train must hold at least 2 classes; got 1"),
     ("y_train", lambda y: y / 2, "y_train must be whole numbers; got float64"),
     ("y_test", lambda y: y.astype(bool), "y_test must be whole numbers; got bool"),
     ("y_train", lambda y: y[1:], "y_train must hold one label for each of 96 images; got (95,)"),
@@ -191,10 +209,15 @@ WRONG_ARRAYS = [
 @pytest.mark.parametrize(
     "name, change, line", WRONG_ARRAYS, ids=[line for _, _, line in WRONG_ARRAYS]
 )
-def test_wrong_array_gets_a_line_that_names_it(arrays, save, name, change, line):
-    file = save(arrays | {name: change(arrays[name])})
-
+def test_wrong_array_gets_a_line_that_names_it(arrays, name, change, line):
     with pytest.raises(InputError, match=f"^{re.escape(line)}"):
+        images_from_arrays(arrays | {name: change(arrays[name])})
+
+
+def test_wrong_array_in_a_file_gets_a_line_that_names_both(arrays, save):
+    file = save(arrays | {"y_test": arrays["y_test"][1:]})
+
+    with pytest.raises(InputError, match=rf"^y_test of {file} must hold one label for each"):
         load_data(file)
 
 
@@ -202,7 +225,7 @@ def test_wrong_array_gets_a_line_that_names_it(arrays, save, name, change, line)
 def test_missing_array_is_named(arrays, save, name):
     file = save({other: array for other, array in arrays.items() if other != name})
 
-    with pytest.raises(InputError, match=f"^data must hold the arrays .*; got no {name}$"):
+    with pytest.raises(InputError, match=f"^arrays of {file} must be .*; got no {name}$"):
         load_data(file)
 
 
@@ -239,18 +262,36 @@ def test_damaged_npz_gets_one_line(arrays, save, damage):
         load_data(str(file))
 
 
-def test_npy_under_the_name_of_an_npz_gets_one_line(arrays, tmp_path):
-    file = tmp_path / "images.npz"
-    with file.open("wb") as stream:
-        np.save(stream, arrays["x_train"])
+@pytest.mark.parametrize(
+    "write",
+    [lambda file: np.save(file, np.zeros(3)), lambda file: file.write(b"text")],
+    ids=["npy", "text"],
+)
+def test_file_that_is_no_archive_is_called_so(tmp_path, write):
+    with (tmp_path / "images.npz").open("wb") as file:
+        write(file)
 
-    with pytest.raises(InputError, match=r"^data must be an \.npz file of plain arrays"):
-        load_data(str(file))
+    with pytest.raises(InputError, match=r"images\.npz \(BadZipFile: File is not a zip file\)$"):
+        load_data(file.name)
 
 
-def test_missing_file_is_named():
-    with pytest.raises(InputError, match=r"^data must be digits, .*; got no/such\.npz$"):
-        load_data("no/such.npz")
+def test_file_in_an_npz_that_is_no_array_is_named(arrays, save):
+    file = save({name: array for name, array in arrays.items() if name != "x_test"})
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("x_test", "text")
+
+    with pytest.raises(
+        InputError, match=r"^x_test of .* must be uint8 or floating point; got \|S"
+    ):
+        load_data(file)
+
+
+@pytest.mark.parametrize("source", ["no/such.npz", ""])
+def test_missing_file_is_called_missing(source):
+    with pytest.raises(
+        InputError, match=rf"^data must be .*; got '{source}', where there is none"
+    ):
+        load_data(source)
 
 
 def test_folder_is_read_by_class(folder):
@@ -290,7 +331,7 @@ def test_unlike_sizes_in_a_folder_ask_for_image_size(folder):
     path = folder({"train": 2, "test": 2})
     Image.new("RGB", (9, 5)).save(path / "train" / "cat" / "wide.png")
 
-    with pytest.raises(InputError, match=r"^data must hold images of one size.*9x5"):
+    with pytest.raises(InputError, match=rf"^data must hold images of one size.*9x5 in {path}"):
         load_data(str(path))
 
 
@@ -306,6 +347,22 @@ def test_file_in_a_folder_that_is_no_image_gets_one_line(folder):
 def test_folder_that_cannot_be_split_gets_one_line(folder, split, images):
     with pytest.raises(InputError, match=r"^data must be a folder with one subfolder .*$"):
         load_data(str(folder({split: images})))
+
+
+@pytest.mark.parametrize("subfolder", ["", "cat"], ids=["one-class", "flat"])
+def test_folder_without_two_classes_gets_a_line_that_says_so(folder, subfolder):
+    path = folder({"": 4})
+    shutil.rmtree(path / "dog")
+
+    with pytest.raises(InputError, match=r"got fewer than two subfolders with images in .*$"):
+        load_data(str(path / subfolder))
+
+
+def test_folder_without_images_to_train_on_gets_a_line_that_says_so(folder):
+    path = folder({"test": 4})
+
+    with pytest.raises(InputError, match=rf"got no images to train on in {path}$"):
+        load_data(str(path))
 
 
 def test_folder_without_classes_gets_one_line(tmp_path):
