@@ -22,7 +22,8 @@ class InvertibleModule(nn.Module):
       sub-network through `evaluate`;
     - `backward_streams` and `inverse_backward_streams` are given the *outputs* of the
       direction and their gradients, and return its inputs and their gradients, evaluating
-      each sub-network once through `evaluate.vjp`.
+      each sub-network once through `evaluate.vjp`, which collects parameter gradients too: a
+      parameter must belong to a module that is evaluated so.
 
     :class:`revlib.AdditiveCoupling` is the example to read.
 
