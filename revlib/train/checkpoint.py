@@ -67,14 +67,17 @@ def latest(run: Path) -> Path:
     Raises:
         CheckpointError: It is missing or not as it was written.
     """
-    checkpoint = (run / "latest").resolve()
-    fault = _find_fault(checkpoint)
+    link = run / "latest"
+    checkpoint = link.resolve()
+    fault = _find_fault(checkpoint) if link.is_symlink() else "it is no link to a checkpoint"
     if fault is None:
         return checkpoint
     others = [other for other in find_all(run) if other.name != checkpoint.name]
     whole = [other.name for other in others if _find_fault(other) is None]
-    remedy = f"; `ln -sfn checkpoints/{whole[-1]} {run / 'latest'}` goes back" if whole else ""
-    raise CheckpointError(f"{run / 'latest'} cannot be resumed: {fault}{remedy}")
+    # Where `latest` is a folder, `ln` alone would put the link into it.
+    aside = f"mv {link} {link}.old && " if link.is_dir() and not link.is_symlink() else ""
+    remedy = f"; `{aside}ln -sfn checkpoints/{whole[-1]} {link}` goes back" if whole else ""
+    raise CheckpointError(f"{link} cannot be resumed: {fault}{remedy}")
 
 
 def _find_fault(checkpoint: Path) -> str | None:

@@ -29,7 +29,14 @@ class CheckpointError(RuntimeError):
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or a weight became infinite or NaN. No such weight was written."""
+    """The loss or a weight became infinite or NaN. No such weight was written.
+
+    Args:
+        what: Which of them, and when.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; lower --lr, and use another --out")
 
 
 class Interrupted(KeyboardInterrupt):

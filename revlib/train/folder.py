@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,12 @@ def claimed(out: Path, *, resume: bool, lock: bool) -> Iterator[None]:
         InputError: It cannot be written, another process holds it, or it holds a run although
             none is to be resumed, or none although one is.
     """
-    if resume and not os.path.lexists(out / "latest"):
+    if resume and not _holds_run(out):
         raise InputError("out", "must hold a run to resume", out)
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for folder in (out, out / "checkpoints"):
+            tempfile.TemporaryFile(dir=folder).close()
         descriptor = os.open(out, os.O_RDONLY)
     except OSError as error:
         rule = "must be a folder that can be written"

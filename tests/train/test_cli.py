@@ -158,6 +158,7 @@ def test_divergence_gets_one_line_and_status_1(run, settings, linear_model):
 
     last_line = errors.splitlines()[-1]
     assert last_line.startswith(("revlib train: loss must", "revlib train: weights must"))
+    assert last_line.endswith("; lower --lr, and use another --out")
     assert status == 1
 
 

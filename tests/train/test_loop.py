@@ -4,7 +4,9 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -212,7 +214,9 @@ def test_batch_that_does_not_split_evenly_is_refused(settings):
 
 
 def test_run_that_diverges_ends_at_once(settings, linear_model):
-    with pytest.raises(NonFiniteError, match=r"^loss must stay finite; got nan at step 2$"):
+    with pytest.raises(
+        NonFiniteError, match=r"^loss must stay finite; got nan at step 2; lower --lr"
+    ):
         train(dataclasses.replace(settings, lr=1e38))
 
 
@@ -290,6 +294,40 @@ def test_resume_is_refused_where_no_run_is(settings):
         train(settings, resume=True)
 
 
+UNWRITABLE = r"^out must be a folder that can be written; got .*\("
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_resume_is_refused_where_metrics_cannot_be_written(copied):
+    copied.out.chmod(0o500)
+
+    with pytest.raises(InputError, match=UNWRITABLE):
+        train(copied, resume=True)
+
+
+def test_resume_is_refused_where_checkpoints_cannot_be_written(copied):
+    shutil.rmtree(copied.out / "checkpoints")
+    (copied.out / "checkpoints").symlink_to("/dev/fd")  # Not even the superuser writes there.
+
+    with pytest.raises(InputError, match=UNWRITABLE):
+        train(copied, resume=True)
+
+
+@pytest.mark.parametrize("copied_link", [False, True], ids=["deleted", "a folder"])
+def test_without_the_link_resume_is_refused_and_names_the_way_back(copied, copied_link):
+    latest = copied.out / "latest"
+    checkpoint = latest.resolve()
+    latest.unlink()
+    if copied_link:
+        shutil.copytree(checkpoint, latest)
+
+    with pytest.raises(CheckpointError, match="it is no link to a checkpoint") as caught:
+        train(copied, resume=True)
+    subprocess.run(re.search("`(.*)`", str(caught.value))[1], shell=True, check=True)
+
+    assert train(copied, resume=True).steps == 2 * STEPS_PER_EPOCH
+
+
 def test_folder_in_use_is_refused(settings):
     settings.out.mkdir()
     other_run = os.open(settings.out, os.O_RDONLY)
@@ -328,7 +366,6 @@ CHANGES = {
     "augment": False,
     "seed": 1,
     "accumulate": 2,
-    "data": "digits",
 }
 
 
@@ -345,6 +382,13 @@ def test_resume_with_another_setting_is_refused_by_its_name(copied, name):
     with pytest.raises(InputError, match=rf"^{name} must stay .*, as in the run in .*; got"):
         train(dataclasses.replace(copied, **{name: CHANGES[name]}), resume=True)
     assert snapshot(copied.out) == before
+
+
+def test_resume_with_other_images_is_refused_as_that(copied):
+    line = f"data must be the same images as in the run in {copied.out}; got others"
+
+    with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+        train(dataclasses.replace(copied, data="digits"), resume=True)
 
 
 def test_resume_with_another_precision_is_refused_by_its_name(copied, new_accelerate):
