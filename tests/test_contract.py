@@ -1003,6 +1003,22 @@ def test_streams_are_split_and_merged_at_the_edges_only(depth, device):
     assert counter.counts == {"clone": 4, "cat": 2}
 
 
+@pytest.mark.parametrize(("inner_policy", "evaluations"), [("store", 2), ("rebuild", 3)])
+def test_a_chain_among_the_blocks_is_recomputed_as_one_segment(inner_policy, evaluations, device):
+    inner = ReversibleSequential(coupling(mlp, 3), coupling(mlp, 3), policy=inner_policy)
+    chain = ReversibleSequential(inner, coupling(mlp, 3), policy=["recompute", "rebuild"])
+    chain.double().to(device)
+    stored = stored_twin(chain)
+    calls = []
+    hook = inner[0].f.register_forward_hook(lambda *_: calls.append("f"))
+
+    got = step(chain, CASES["linear"].inputs(device))
+    hook.remove()
+
+    assert len(calls) == evaluations
+    assert_same(got, step(stored, CASES["linear"].inputs(device)))
+
+
 def test_wrong_inverse_of_a_users_block_raises(device):
     class Wrong(Rotation):
         def inverse(self, y: Tensor) -> Tensor:
