@@ -2,6 +2,6 @@
 
 import sys
 
-from revlib.train.cli import main
+from revlib.__main__ import main
 
 main(["train", *sys.argv[1:]])

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from rich.console import Console
 from typer import Option
 
+from revlib import __version__
 from revlib.models import model_names
 from revlib.train.display import progress_bar, result_table
 from revlib.train.errors import CheckpointError, InputError, Interrupted, NonFiniteError
@@ -32,12 +33,24 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         sys.exit(app(arguments, prog_name="revlib", standalone_mode=False))
     except typer.TyperException as error:
-        _print_error(error.format_message())
+        if message := error.format_message():  # There is none with the help of a bare `revlib`.
+            _print_error(message)
         sys.exit(2)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"revlib {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def revlib() -> None:
+def revlib(
+    version: Annotated[
+        bool,
+        Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
     """Reversible networks for PyTorch."""  # Its being there makes `train` a subcommand.
 
 
@@ -79,7 +92,8 @@ def train_command(
 
     Ctrl-C and SIGTERM write a checkpoint and leave; `--resume` goes on to the same result.
 
-    On several devices: `accelerate launch -m revlib.train ...`.
+    On several devices: `accelerate launch -m revlib.train ...`, on CPUs with `torchrun
+    --nproc-per-node 2` in place of `accelerate launch`.
     """
     with _one_line_errors():
         settings = Settings(
@@ -115,8 +129,6 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except Interrupted as error:
         _fail(str(error), 128 + error.signal_number)
-    except KeyboardInterrupt:
-        _fail("stopped before the first step", 130)
     except InputError as error:
         options = {field.name for field in dataclasses.fields(Settings)}
         message = str(error)
@@ -137,7 +149,7 @@ def _fail(message: str, status: int) -> NoReturn:
 
 def _print_error(message: str) -> None:
     if _is_main_process():
-        print(f"revlib train: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"revlib: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def _is_main_process() -> bool:

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import resource
+import signal
 import sys
 
 import numpy as np
 import pytest
-from training_runs import options
+from training_runs import options, start
 
-import revlib.__main__
+import revlib
 from revlib.train import Settings, cli
 
 
@@ -114,7 +115,7 @@ BAD_INPUT = [
 def test_bad_input_gets_one_line_and_status_2(run, settings, given, line):
     status, output, errors = run(*options(settings), *given)
 
-    assert errors.startswith(f"revlib train: {line}")
+    assert errors.startswith(f"revlib: {line}")
     assert errors.count("\n") == 1
     assert (status, output) == (2, "")
 
@@ -126,7 +127,7 @@ def test_missing_option_is_named(run, settings, option):
 
     status, _, errors = run(*given[:place], *given[place + 2 :])
 
-    assert errors == f"revlib train: Missing option '{option}'.\n"
+    assert errors == f"revlib: Missing option '{option}'.\n"
     assert status == 2
 
 
@@ -136,7 +137,7 @@ def test_wrong_images_get_one_line_and_status_2(run, settings, arrays, tmp_path)
     status, _, errors = run(*options(settings), "--data", str(tmp_path / "wrong.npz"))
 
     line = f"x_test of {tmp_path / 'wrong.npz'} must be finite; got NaN or infinity in image 0"
-    assert errors == f"revlib train: {line}\n"
+    assert errors == f"revlib: {line}\n"
     assert status == 2
 
 
@@ -146,9 +147,7 @@ def test_damaged_checkpoint_gets_one_line_and_status_2(run, settings, linear_mod
 
     status, _, errors = run(*options(settings), "--resume")
 
-    assert errors.startswith(
-        f"revlib train: {settings.out}/latest cannot be resumed: optimizer.bin"
-    )
+    assert errors.startswith(f"revlib: {settings.out}/latest cannot be resumed: optimizer.bin")
     assert errors.count("\n") == 1
     assert status == 2
 
@@ -157,7 +156,7 @@ def test_divergence_gets_one_line_and_status_1(run, settings, linear_model):
     status, _, errors = run(*options(settings), "--lr", "1e30")
 
     last_line = errors.splitlines()[-1]
-    assert last_line.startswith(("revlib train: loss must", "revlib train: weights must"))
+    assert last_line.startswith(("revlib: loss must", "revlib: weights must"))
     assert last_line.endswith("; lower --lr, and use another --out")
     assert status == 1
 
@@ -175,18 +174,43 @@ def test_full_disk_gets_one_line_and_status_1(run, settings, full_disk):
     status, _, errors = run(*options(settings))
 
     partial = settings.out / "checkpoints" / "step-00000000.partial"
-    assert errors.startswith(f"revlib train: {partial} could not be written; is the disk full? (")
+    assert errors.startswith(f"revlib: {partial} could not be written; is the disk full? (")
     assert errors.count("\n") == 1
     assert status == 1
 
 
-def test_interrupt_before_training_gets_one_line_and_status_130(run, settings, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("revlib", "train"), ("revlib.train",)], ids=" ".join)
+@pytest.mark.parametrize("module", ["accelerate", "typer", "sklearn.datasets"])
+def test_ctrl_c_before_the_first_step_gets_one_line_and_status_130(tmp_path, command, module):
+    # Python tells of every module that it has imported.
+    program = (sys.executable, "-X", "importtime", "-m", *command)
+    process = start(["--data", "digits", "--out", str(tmp_path / "run"), "--quiet"], program)
+    while not process.stderr.readline().endswith(f" {module}\n"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
 
-    monkeypatch.setattr(cli, "train", interrupt)
+    lines = [line for line in errors.splitlines() if not line.startswith("import time:")]
+    assert lines == ["revlib: stopped"]
+    assert process.returncode == 130
 
-    assert run(*options(settings)) == (130, "", "revlib train: stopped before the first step\n")
+
+def test_bare_command_prints_its_help_only(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+
+    output, errors = capsys.readouterr()
+    assert "Usage: revlib" in output + errors
+    assert "revlib:" not in output + errors
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+
+    assert capsys.readouterr() == (f"revlib {revlib.__version__}\n", "")
+    assert not exit.value.code
 
 
 def test_help_names_every_setting(run):
@@ -196,14 +220,17 @@ def test_help_names_every_setting(run):
         assert f"--{field.name.replace('_', '-')} " in output
 
 
-def test_missing_extra_gets_one_line_and_status_1(monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith("revlib.train")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "accelerate", None)
+WITHOUT_ACCELERATE = """
+import runpy, sys
+sys.modules["accelerate"] = None
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
 
-    with pytest.raises(SystemExit) as exit:
-        revlib.__main__.main()
 
-    assert exit.value.code == (
-        "revlib: no accelerate here; `pip install 'revlib-torch[train]'` brings it"
-    )
+@pytest.mark.parametrize("module", ["revlib", "revlib.train"])
+def test_missing_extra_gets_one_line_and_status_1(module):
+    process = start([module], (sys.executable, "-c", WITHOUT_ACCELERATE))
+    _, errors = process.communicate()
+
+    assert errors == "revlib: no accelerate here; `pip install 'revlib-torch[train]'` brings it\n"
+    assert process.returncode == 1

@@ -137,7 +137,7 @@ def test_signalled_command_leaves_with_one_line_and_its_own_status(settings, num
     _, errors = process.communicate()
 
     latest = settings.out / "latest"
-    assert errors == f"revlib train: stopped by {number.name}; --resume goes on from {latest}\n"
+    assert errors == f"revlib: stopped by {number.name}; --resume goes on from {latest}\n"
     assert process.returncode == status
 
 
