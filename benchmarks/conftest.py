@@ -1,4 +1,6 @@
-"""What the benchmarks share: one thread, and a record of what was not measured."""
+"""What the benchmarks share: one thread, steady memory, a record of what was not measured."""
+
+import ctypes
 
 import pytest
 import torch
@@ -13,6 +15,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_memory() -> None:
+    """Makes glibc keep what a step frees, as the allocator of a GPU does.
+
+    By default it returns memory to the system, and the next step gets it page by page: 165,000
+    page faults in a stored step of 32 couplings and none in a rebuilt one. Their price varies
+    so much that the ratio of the two went from 0.9 to 1.3; without them it is 1.33 to 1.40.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**25)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

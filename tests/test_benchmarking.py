@@ -123,12 +123,15 @@ def test_whole_numbers_of_a_parameter_become_the_columns(tmp_path):
     assert [line[0] for line in grid.lines] == ["a", "b"]
 
 
-def test_the_report_says_why_a_peer_was_not_measured(tmp_path):
+def test_the_report_says_why_a_peer_was_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "REQUIREMENTS", ["peer==1"])
+    monkeypatch.setattr(peers, "install", lambda requirement: "no such version")
     own = benchmark_json(tmp_path / "own.json", [{}])
-    peer = tmp_path / "peer.json"
-    peer.write_text(json.dumps({"benchmarks": [], "not_measured": {"peer==1": "no such version"}}))
 
-    assert "- peer==1: no such version" in to_markdown(read([own, peer]), pictures={})
+    peers.main(tmp_path)
+
+    report = read([own, tmp_path / "peer==1.json"])
+    assert "- peer==1: no such version" in to_markdown(report, pictures={})
 
 
 def test_a_command_that_fails_tells_its_last_error():
