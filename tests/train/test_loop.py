@@ -297,14 +297,6 @@ def test_resume_is_refused_where_no_run_is(settings):
 UNWRITABLE = r"^out must be a folder that can be written; got .*\("
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_resume_is_refused_where_metrics_cannot_be_written(copied):
-    copied.out.chmod(0o500)
-
-    with pytest.raises(InputError, match=UNWRITABLE):
-        train(copied, resume=True)
-
-
 def test_resume_is_refused_where_checkpoints_cannot_be_written(copied):
     shutil.rmtree(copied.out / "checkpoints")
     (copied.out / "checkpoints").symlink_to("/dev/fd")  # Not even the superuser writes there.
