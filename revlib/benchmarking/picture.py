@@ -8,8 +8,9 @@ from matplotlib.ticker import ScalarFormatter
 
 from revlib.benchmarking.records import PEAK, TIME, Group, Ratio, Row
 
-# Okabe and Ito's colors, which the color-blind can tell apart, with gray for their yellow.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#7f7f7f", "#000000")
+# Okabe and Ito's colors, which the color-blind can tell apart, but for yellow, which is too
+# light for a line: gray and Tol's wine stand in.
+_COLORS = tuple("#0072b2 #d55e00 #009e73 #e69f00 #cc79a7 #56b4e9 #7f7f7f #000000 #882255".split())
 _MARKERS = ("o", "s", "^", "D", "v", "<", ">")
 
 Looks = dict[str, dict[str, Any]]  # of each name: its color and marker, in both panels
