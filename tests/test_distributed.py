@@ -106,9 +106,11 @@ def worker(rank: int, store: str, run: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     run(rank, *args)
-    # A rank that leaves while another still talks to it can bring that one down.
+    # A rank that leaves while another still talks to it can bring that one down, and threads
+    # of the group that outlive it can abort Python's own clean-up.
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)
 
 
 def launch(folder: Path, run: Callable, *args: bool) -> None:

@@ -119,7 +119,21 @@ def train_command(
             with progress_bar(settings.epochs) as show:
                 result = train(settings, resume=resume, on_progress=show)
             Console().print(result_table(result, settings))
-        PartialState().destroy_process_group()  # Or torch would warn that nobody did.
+        _leave_the_group()
+
+
+def _leave_the_group() -> None:
+    """Ends a run of several processes; torch would warn if nobody did."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    # One that leaves early can bring the others down, and threads of the group that outlive it
+    # can abort Python's own clean-up.
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextmanager
