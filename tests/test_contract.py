@@ -606,6 +606,24 @@ def test_a_method_replaced_on_one_block_is_called(device):
     torch.testing.assert_close(chain(x), nn.Sequential(*chain)(x))
 
 
+@pytest.mark.parametrize("name", ["forward", "inverse"])
+@pytest.mark.parametrize("on", ["class", "instance"])
+def test_overriding_one_direction_alone_is_enough_to_be_called(name, on, device):
+    def shifted(self: AdditiveCoupling, x: Tensor) -> Tensor:
+        return getattr(AdditiveCoupling, name)(self, x) + 1
+
+    block = coupling(mlp, 3).double().to(device)
+    if on == "class":
+        block.__class__ = type("Shifted", (AdditiveCoupling,), {name: shifted})
+    else:
+        setattr(block, name, shifted.__get__(block))
+    (x,) = CASES["linear"].inputs(device)
+    chain = ReversibleSequential(block)
+
+    with torch.no_grad():
+        assert torch.equal(getattr(chain, name)(x), getattr(block, name)(x))
+
+
 def test_one_buffer_in_two_places_is_replayed_as_one(device):
     class Writer(nn.Module):
         def __init__(self, buffer: Tensor) -> None:
