@@ -1,7 +1,8 @@
 """Reversible networks for PyTorch, whose activation memory does not grow with depth."""
 
-from revlib import memory, models, testing
+from revlib import functional, memory, models, testing
 from revlib.coupling import AdditiveCoupling
+from revlib.dispatch import use_kernels
 from revlib.invertible import InvertibleModule
 from revlib.sequential import ReversibleSequential
 
@@ -9,9 +10,11 @@ __all__ = [
     "AdditiveCoupling",
     "InvertibleModule",
     "ReversibleSequential",
+    "functional",
     "memory",
     "models",
     "testing",
+    "use_kernels",
 ]
 
 __version__ = "0.1.0"

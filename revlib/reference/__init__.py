@@ -1,0 +1,74 @@
+"""The fused ops in plain PyTorch: what they mean, and what runs where no kernel applies.
+
+Called with tensors that `revlib.functional` has checked; autograd differentiates all but the
+``_backward`` functions, which are the definition of the kernels that do it in one pass.
+"""
+
+from revlib.reference._actnorm import (
+    actnorm,
+    actnorm_backward,
+    actnorm_init,
+    actnorm_inverse,
+    actnorm_inverse_backward,
+)
+from revlib.reference._affine_coupling import (
+    affine_coupling,
+    affine_coupling_backward,
+    affine_coupling_inverse,
+    affine_coupling_inverse_backward,
+    log_scale,
+    log_scale_slope,
+    raw_and_shift,
+)
+from revlib.reference._exact_additive_coupling import (
+    exact_additive_coupling,
+    exact_additive_coupling_inverse,
+)
+from revlib.reference._gaussian_log_prob import gaussian_log_prob
+from revlib.reference._masked_affine_coupling import (
+    kept_elements,
+    masked_affine_coupling,
+    masked_affine_coupling_backward,
+    masked_affine_coupling_inverse,
+    masked_affine_coupling_inverse_backward,
+)
+from revlib.reference._spline_coupling import (
+    spline_coupling,
+    spline_coupling_backward,
+    spline_coupling_inverse,
+    spline_coupling_inverse_backward,
+    splines,
+)
+from revlib.reference._squeeze import squeeze, unsqueeze
+from revlib.reference._sums import sum_per_sample
+
+__all__ = [
+    "actnorm",
+    "actnorm_backward",
+    "actnorm_init",
+    "actnorm_inverse",
+    "actnorm_inverse_backward",
+    "affine_coupling",
+    "affine_coupling_backward",
+    "affine_coupling_inverse",
+    "affine_coupling_inverse_backward",
+    "exact_additive_coupling",
+    "exact_additive_coupling_inverse",
+    "gaussian_log_prob",
+    "kept_elements",
+    "log_scale",
+    "log_scale_slope",
+    "masked_affine_coupling",
+    "masked_affine_coupling_backward",
+    "masked_affine_coupling_inverse",
+    "masked_affine_coupling_inverse_backward",
+    "raw_and_shift",
+    "spline_coupling",
+    "spline_coupling_backward",
+    "spline_coupling_inverse",
+    "spline_coupling_inverse_backward",
+    "splines",
+    "squeeze",
+    "sum_per_sample",
+    "unsqueeze",
+]
