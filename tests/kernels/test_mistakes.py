@@ -1,0 +1,170 @@
+"""Mistakes that the kernels' tests must see: each is made in a copy, and must turn a test red."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import revlib
+import revlib.kernels
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parents[1]
+PACKAGE = Path(revlib.__file__).parent
+KERNELS = Path(revlib.kernels.__file__).parent
+
+# What is mistaken: (the tests that must see it, the file, what it says, what it says by mistake).
+MISTAKES = {
+    "sign of the shift": (
+        "affine_coupling",
+        "affine",
+        "return x * exp(log_s) + shift",
+        "return x * exp(log_s) - shift",
+    ),
+    "input for output": (
+        "affine_coupling",
+        "affine",
+        "dlog_s = dy * scaled + dlog_det",
+        "dlog_s = dy * given + dlog_det",
+    ),
+    "gradient of the log_det": (
+        "affine_coupling",
+        "affine",
+        "dlog_s = -dy * y - dlog_det",
+        "dlog_s = -dy * y",
+    ),
+    "sign of the shift's gradient": (
+        "affine_coupling",
+        "affine",
+        "dshift = -dx",
+        "dshift = dx",
+    ),
+    "derivative of the clamp": (
+        "affine_coupling",
+        "affine",
+        "CLAMP * bounded, 1 - bounded * bounded",
+        "CLAMP * bounded, tl.full(raw.shape, 1, raw.dtype)",
+    ),
+    "floor under the scale": (
+        "affine_coupling",
+        "affine",
+        "tl.log(gate + 1e-3)",
+        "tl.log(gate)",
+    ),
+    "mask of a sum": (
+        "affine_coupling",
+        "walk",
+        "tl.where(mask, values, 0)",
+        "values",
+    ),
+    "halves of h": (
+        "affine_coupling",
+        "affine_coupling",
+        "return h.chunk(2, 1)",
+        "return h.chunk(2, 1)[::-1]",
+    ),
+    "gaps between rows": (
+        "affine_coupling",
+        "walk",
+        "n_rows == 1 or all(",
+        "n_rows == 1 or any(",
+    ),
+    "rounding to the grid": (
+        "exact_additive_coupling",
+        "exact_additive_coupling",
+        "round_half_even(update * STEPS)",
+        "(update * STEPS)",
+    ),
+    "range of the stream": (
+        "exact_additive_coupling",
+        "exact_additive_coupling",
+        "(tl.abs(y) < LIMIT) &",
+        "(tl.abs(x) < LIMIT) &",
+    ),
+    "volume of a Gaussian": (
+        "gaussian_log_prob",
+        "gaussian_log_prob",
+        "-0.5 * z * z - log_std",
+        "-0.5 * z * z",
+    ),
+    "gradient of a Gaussian's volume": (
+        "gaussian_log_prob",
+        "gaussian_log_prob",
+        "(z * z - 1)",
+        "(z * z)",
+    ),
+    "bias in the scale's gradient": (
+        "actnorm",
+        "actnorm",
+        "dlog_s = dy * scaled",
+        "dlog_s = dy * given",
+    ),
+    "parity of a checkerboard": (
+        "masked_affine_coupling",
+        "masked_affine_coupling",
+        "if space[i] % 2 == 0]",
+        "]",
+    ),
+    "mask of the log_det": (
+        "masked_affine_coupling",
+        "masked_affine_coupling",
+        "column, mask & moved, n_samples",
+        "column, mask, n_samples",
+    ),
+    "mask of a gradient": (
+        "masked_affine_coupling",
+        "masked_affine_coupling",
+        "tl.where(moved, dshift, 0)",
+        "dshift",
+    ),
+    "order of the bins": (
+        "spline_coupling",
+        "spline_coupling",
+        "tl.where(bin < index, dstart, 0)",
+        "tl.where(bin > index, dstart, 0)",
+    ),
+    "gradient of an inverse spline": (
+        "spline_coupling",
+        "spline_coupling",
+        "du = inside(outside, -dy)",
+        "du = inside(outside, dy)",
+    ),
+    "slope of the tails": (
+        "spline_coupling",
+        "spline_coupling",
+        "tail = (knot == 0) | (knot == N_BINS)",
+        "tail = knot == 0",
+    ),
+    "low bits of ln 2": (
+        "arithmetic",
+        "arithmetic",
+        " - power * LN2_LOW",
+        "",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tests", "file", "right", "wrong"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_turns_a_test_red(tests, file, right, wrong, tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "revlib")
+    shutil.copytree(KERNELS, tmp_path / "revlib" / "kernels")
+    shutil.copytree(TESTS, tmp_path / "tests")
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    mistaken = tmp_path / "revlib" / "kernels" / f"{file}.py"
+    source = mistaken.read_text()
+    assert source.count(right) == 1
+    mistaken.write_text(source.replace(right, wrong))
+
+    # Hypothesis would spend its time on shrinking what it draws.
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-xq", f"tests/test_{tests}.py", "-k", "not drawn"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout
