@@ -9,13 +9,17 @@ RUNS := runs
 # The GPU targets install nothing: without a .venv they use the Python that has torch.
 PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
+SLOW_PARTS := $(addprefix test-slow-,1 2)
+# The tests compile more than 3,000 variants of the kernels, a number of processes at a time.
+GPU_PARTS := $(addprefix gpu-test-,1 2 3 4 5 6 7 8 9 10 11 12)
+
 # The tensors here are small: on a busy machine of two cores the tests took 2.2 to 3 times as
 # long on two threads as on one, and longer still where idle threads spin rather than sleep.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test bench gpu-test gpu-bench gpu
+.PHONY: help install demo check test bench gpu-test gpu-bench gpu $(SLOW_PARTS) $(GPU_PARTS)
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,8 +34,11 @@ check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a min
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest -m "not slow"
 
-test: check ## check, then every other test
-	$(BIN)/python -m pytest -m slow
+test: check ## check, then every other test, in two processes
+	@$(MAKE) --no-print-directory --keep-going --jobs --output-sync $(SLOW_PARTS)
+
+$(SLOW_PARTS): test-slow-%:
+	$(BIN)/python -m pytest -m slow --part $*/$(words $(SLOW_PARTS))
 
 bench: $(INSTALLED) ## memory and time of training steps, here and in other libraries
 	@mkdir -p $(RUNS)/bench
@@ -40,18 +47,33 @@ bench: $(INSTALLED) ## memory and time of training steps, here and in other libr
 	$(BIN)/python -m revlib.benchmarking $(RUNS)/bench/own.json $(RUNS)/bench/peers/*.json \
 		--command "make bench"
 
+# Triton computes on the GPU, and fuses multiplications and additions as users' Triton does.
+gpu-test gpu-bench gpu $(GPU_PARTS): export TRITON_INTERPRET := 0
+gpu-test gpu-bench gpu $(GPU_PARTS): export TRITON_DEFAULT_FP_FUSION := 1
+
 gpu-test: gpu ## the tests that run on a device, on the GPU
-	$(PY) -m pytest tests --device cuda
+	@$(MAKE) --no-print-directory --keep-going --jobs --output-sync $(GPU_PARTS)
 
-gpu-bench: gpu ## the benchmarks, on the GPU; other libraries are compared by bench
+$(GPU_PARTS): gpu-test-%:
+	timeout --signal INT 480 $(PY) -m pytest tests --device cuda --part $*/$(words $(GPU_PARTS)) \
+		--quiet --continue-on-collection-errors
+
+gpu-bench: gpu ## kernels and steps on the GPU, in 9 minutes; other libraries are compared by bench
 	@mkdir -p $(RUNS)/gpu-bench
-	$(PY) -m pytest benchmarks -v --benchmark-quiet --device cuda \
-		--benchmark-json=$(RUNS)/gpu-bench/own.json
-	$(PY) -m revlib.benchmarking $(RUNS)/gpu-bench/own.json --command "make gpu-bench"
+	@failed=0; \
+	$(PY) -m benchmarks.kernels_on_gpu $(RUNS)/gpu-bench --minutes 5 || failed=1; \
+	$(PY) -m pytest benchmarks -v --benchmark-quiet --device cuda --minutes 2 \
+		--benchmark-json=$(RUNS)/gpu-bench/own.json || failed=1; \
+	$(PY) -m revlib.benchmarking $(RUNS)/gpu-bench/own.json --command "make gpu-bench" \
+		|| failed=1; \
+	exit $$failed
 
+# Kernels lie outside the package's folder: without an installation nobody finds them.
 gpu:
 	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
 		{ echo "This target needs a GPU, and torch in $(PY) sees none." >&2; exit 1; }
+	@$(PY) -c 'import os, revlib.kernels as k; assert os.path.samefile(*k.__path__, "kernels")' \
+		2>/dev/null || $(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 
 $(INSTALLED): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -1,15 +1,18 @@
 """What the benchmarks share: one thread, steady memory, a record of what was not measured."""
 
 import ctypes
+import time
 
 import pytest
 import torch
 
 not_measured: dict[str, str] = {}
+started = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--peer", help="the peer that benchmarks/peer_suite.py measures")
+    parser.addoption("--minutes", type=float, help="no benchmark begins after these")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +33,12 @@ def kept_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_threshold, 2**25)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - started > 60 * minutes:
+        pytest.skip(f"no time was left after {minutes:g} minutes")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
