@@ -26,3 +26,15 @@ def test_the_first_example_runs_and_its_memory_is_flat():
     del chain[5:]
 
     assert peak() == deep
+
+
+def test_the_example_of_fused_ops_rebuilds_the_input():
+    pattern = r"```python\n(from revlib import functional.*?)```"
+    example = re.search(pattern, README.read_text(), re.DOTALL)[1]
+    given = torch.randn(16, 6, 32, 32)
+    names = {"torch": torch}
+
+    torch.manual_seed(0)  # as before this test
+    exec(compile(example, "README.md", "exec"), names)
+
+    torch.testing.assert_close(names["x"], given, rtol=1e-4, atol=1e-5)
