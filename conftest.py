@@ -1,5 +1,6 @@
 """What tests, examples and benchmarks share: the device, the seed, and the count of skips."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -88,4 +89,4 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def names_in_examples(doctest_namespace: dict[str, Any]) -> None:
-    doctest_namespace.update(nn=nn, revlib=revlib, torch=torch)
+    doctest_namespace.update(math=math, nn=nn, revlib=revlib, torch=torch)

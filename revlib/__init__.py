@@ -1,6 +1,6 @@
 """Reversible networks for PyTorch, whose activation memory does not grow with depth."""
 
-from revlib import functional, memory, models, testing
+from revlib import flows, functional, memory, models, testing
 from revlib.coupling import AdditiveCoupling
 from revlib.dispatch import use_kernels
 from revlib.invertible import InvertibleModule
@@ -10,6 +10,7 @@ __all__ = [
     "AdditiveCoupling",
     "InvertibleModule",
     "ReversibleSequential",
+    "flows",
     "functional",
     "memory",
     "models",

@@ -6,9 +6,10 @@ down to the first. So the chain keeps its output alone, at most one sub-network'
 are alive at a time, and each block's gradients are returned as soon as they are known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from revlib.streams import Form, Stream, Streams, convert, enter, form_within, l
 
 Policy = Literal["rebuild", "store", "recompute"]
 
+# What a leg gives beside its streams: nothing, or the log_det and what leaves the chain.
+Extras = tuple[Tensor | None, ...]
+
 
 @dataclass(frozen=True)
 class Leg:
@@ -36,6 +40,7 @@ class Leg:
     form: Form
     run: Callable[[nn.Module, Streams, Evaluate], Streams]
     run_backward: Callable[[nn.Module, Streams, Streams, Replay], tuple[Streams, Streams]]
+    n_latents: int
 
     def __call__(self, streams: Streams, evaluate: Evaluate) -> Streams:
         return self.run(self.block, streams, evaluate)
@@ -47,7 +52,7 @@ def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = Fal
     if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
         policy = "store"  # autograd cannot pass on parameters that have no shape yet
     whole = not isinstance(block, InvertibleModule) or not block.on_streams or is_altered(block)
-    cls = InvertibleModule if whole else type(block)
+    cls = getattr(block, "contract", InvertibleModule) if whole else type(block)
     return Leg(
         block,
         f"block {name} ({type(block).__name__})",
@@ -57,20 +62,34 @@ def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = Fal
         "whole" if whole else block.form,
         cls.inverse_streams if inverse else cls.forward_streams,
         cls.inverse_backward_streams if inverse else cls.backward_streams,
+        block.n_latents if inverse and isinstance(block, InvertibleModule) else 0,
     )
 
 
-def run_chain(legs: list[Leg], x: Stream, context: Tensor | None) -> tuple[Stream, int]:
+class Outcome(NamedTuple):
+    """What a chain's run gives.
+
+    Attributes:
+        stream: The stream after the last leg, in the form in which it came.
+        extras: What each leg gave beside its streams.
+        state_bytes: The bytes of replay state that were kept for backward.
+    """
+
+    stream: Stream
+    extras: list[Extras]
+    state_bytes: int
+
+
+def run_chain(
+    legs: list[Leg], x: Stream, context: Tensor | None, latents: Sequence[Tensor] = ()
+) -> Outcome:
     """Runs the legs one after the other.
 
     Args:
         legs: The blocks to run, in order.
         x: The stream, one tensor or a pair.
         context: The conditioning input that every sub-network receives, or None.
-
-    Returns:
-        The stream after the last leg, in the form in which it came; and the bytes of replay
-        state that were kept for backward.
+        latents: What the legs take beside the stream, the last of it first.
     """
     streams, entry = enter(x)
     if context is not None and not isinstance(context, Tensor):
@@ -86,23 +105,33 @@ def run_chain(legs: list[Leg], x: Stream, context: Tensor | None) -> tuple[Strea
         or torch.jit.is_tracing()
     )
     run = _run_storing if keeps_all else _run_rebuilding
-    streams, state_bytes = run(legs, streams, entry, context)
-    return leave(streams), state_bytes
+    return run(legs, streams, entry, context, list(latents))
 
 
 def _run_storing(
-    legs: list[Leg], streams: Streams, entry: Form, context: Tensor | None
-) -> tuple[Streams, int]:
-    form = entry
+    legs: list[Leg],
+    streams: Streams,
+    entry: Form,
+    context: Tensor | None,
+    latents: list[Tensor],
+) -> Outcome:
+    form, extras = entry, []
     for leg in legs:
-        streams, form = _store(leg, streams, form, entry, context)
-    return convert(streams, form, entry), 0
+        streams, form, extra = _store(
+            leg, streams, form, entry, context, take_latents(leg, latents)
+        )
+        extras.append(extra)
+    return Outcome(leave(convert(streams, form, entry)), extras, 0)
 
 
 @_disable_dynamo
 def _run_rebuilding(
-    legs: list[Leg], streams: Streams, entry: Form, context: Tensor | None
-) -> tuple[Streams, int]:
+    legs: list[Leg],
+    streams: Streams,
+    entry: Form,
+    context: Tensor | None,
+    latents: list[Tensor],
+) -> Outcome:
     if parametrize._cache_enabled:
         raise NotImplementedError(
             "inside torch.nn.utils.parametrize.cached() a ReversibleSequential runs under "
@@ -112,15 +141,17 @@ def _run_rebuilding(
         raise NotImplementedError(
             "torch.func transforms differentiate a ReversibleSequential under policy='store' only"
         )
-    form = entry
+    form, extras = entry, []
     tape = Tape()
     previous_rebuilds = False
     for leg, following in zip(legs, [*legs[1:], None], strict=True):
+        taken = take_latents(leg, latents)
         needs_grad = any(
-            t is not None and t.requires_grad for t in (*streams, context, *leg.parameters)
+            t is not None and t.requires_grad for t in (*streams, *taken, context, *leg.parameters)
         )
         if leg.policy == "store" or not needs_grad:
-            streams, form = _store(leg, streams, form, entry, context)
+            streams, form, extra = _store(leg, streams, form, entry, context, taken)
+            extras.append(extra)
             previous_rebuilds = False
             continue
         inner = _form_of(leg, entry)
@@ -132,10 +163,35 @@ def _run_rebuilding(
             keeps_output=following is None or following.policy == "store",
             hands_on=previous_rebuilds,
         )
-        streams = BlockFunction.apply(node, tape, context, *streams, *leg.parameters)
+        outputs = BlockFunction.apply(node, tape, context, *streams, *taken, *leg.parameters)
         form = node.form_out
+        streams, extra = _cut(outputs, form)
+        extras.append(extra)
         previous_rebuilds = leg.policy == "rebuild"
-    return convert(streams, form, entry), tape.state_bytes
+    streams = convert(streams, form, entry)
+    if any(extras):
+        streams, extras = _tied(streams, extras)
+    return Outcome(leave(streams), extras, tape.state_bytes)
+
+
+def _tied(streams: Streams, extras: list[Extras]) -> tuple[Streams, list[Extras]]:
+    """Ties what leaves a chain together, so that backward passes all blocks or none."""
+    leaving = {t for t in chain(streams, *extras) if t is not None and t.requires_grad}
+    if not leaving:
+        return streams, extras
+    tied = dict(zip(leaving, TieFunction.apply(*leaving), strict=True))
+    return (
+        tuple(tied.get(t, t) for t in streams),
+        [tuple(tied.get(t, t) for t in extra) for extra in extras],
+    )
+
+
+def take_latents(leg: Leg, latents: list[Tensor]) -> Streams:
+    """Takes what a leg needs beside the stream off the end of `latents`."""
+    rest = len(latents) - leg.n_latents
+    taken = tuple(latents[rest:])
+    del latents[rest:]
+    return taken
 
 
 def _form_of(leg: Leg, entry: Form) -> Form:
@@ -147,12 +203,18 @@ def _form_of(leg: Leg, entry: Form) -> Form:
 
 
 def _store(
-    leg: Leg, streams: Streams, form: Form, entry: Form, context: Tensor | None
-) -> tuple[Streams, Form]:
+    leg: Leg,
+    streams: Streams,
+    form: Form,
+    entry: Form,
+    context: Tensor | None,
+    latents: Streams,
+) -> tuple[Streams, Form, Extras]:
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
-    return leg(streams, Evaluate(context, leg.label)), inner
+    streams, extra = _cut(leg((*streams, *latents), Evaluate(context, leg.label)), inner)
+    return streams, inner, extra
 
 
 @dataclass(frozen=True)
@@ -197,44 +259,62 @@ class Tape:
         return streams
 
 
+class TieFunction(torch.autograd.Function):
+    """Passes tensors on. Of those that a loss does not use, the gradients are zeros.
+
+    Without it a loss on a log_det or on a latent that left early would not reach the blocks
+    after it, from whose outputs the blocks before it are rebuilt.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Streams:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Streams:
+        return gradients
+
+
 class BlockFunction(torch.autograd.Function):
     """Runs one block of a chain.
 
-    What is kept: under "rebuild" nothing, but for the output of the last block; under
-    "recompute", or if a block that is called whole drew random numbers or changed buffers, the
-    input; and the replay state. Parameters, constant buffers and the context are saved as
-    well, though they are alive anyway: autograd then reports it when they, or the chain's
-    output, are changed in place before backward.
+    What is kept: under "rebuild" nothing, but for the output of the last block and for latents
+    that leave the chain here; under "recompute", or if a block that is called whole drew random
+    numbers or changed buffers, the input; and the replay state. Parameters, constant buffers and
+    the context are saved as well, though they are alive anyway: autograd then reports it when
+    they, or the chain's output, are changed in place before backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any, node: Node, tape: Tape, context: Tensor | None, *tensors: Tensor
     ) -> Streams:
-        arriving, parameters = _cut(tensors, node.form_in)
+        arriving, others = _cut(tensors, node.form_in)
+        latents, parameters = others[: node.leg.n_latents], others[node.leg.n_latents :]
         evaluate = Record(context, node.leg.label)
-        outputs = node.leg(node.enter(arriving), evaluate)
+        outputs = node.leg((*node.enter(arriving), *latents), evaluate)
+        outputs, extra = _cut(outputs, node.form)
         outputs = convert(outputs, node.form, node.form_out)
         # Inverted as a whole, a block may draw its numbers and read its buffers in another order.
         depends_on_order = any(e.rng is not None or e.priors for e in evaluate.evaluations)
         ctx.recompute = node.leg.policy == "recompute" or (node.leg.whole and depends_on_order)
-        kept = ()
+        kept, beside = (), extra[1:]
         if ctx.recompute:
-            kept = arriving
+            kept, beside = arriving, latents
         elif node.keeps_output:
             kept = outputs
         constants = [slot.tensor for e in evaluate.evaluations for slot in e.constants]
         constants = [c for c in constants if c is not None and not c.is_inference()]
-        ctx.save_for_backward(context, *kept, *parameters, *constants)
-        ctx.n_kept = len(kept)
+        ctx.save_for_backward(context, *kept, *beside, *parameters, *constants)
+        ctx.n_kept, ctx.n_beside = len(kept), len(beside)
         ctx.node, ctx.tape, ctx.parameters = node, tape, parameters
         ctx.evaluations = evaluate.evaluations
         ctx.autocast = Autocast.current(arriving[0].device)
         tape.state_bytes += sum(e.state_bytes for e in evaluate.evaluations)
-        return outputs
+        return *outputs, *extra
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         node, leg, tape = ctx.node, ctx.node.leg, ctx.tape
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -243,31 +323,38 @@ class BlockFunction(torch.autograd.Function):
             )
         context, *saved = ctx.saved_tensors
         kept = tuple(saved[: ctx.n_kept])
+        beside = tuple(saved[ctx.n_kept : ctx.n_kept + ctx.n_beside])
+        del saved
         recompute = ctx.recompute
         evaluate = Replay(
             ctx.evaluations, ctx.parameters, context, leg.label, ctx.autocast, in_order=recompute
         )
 
-        gradients = convert(gradients, node.form_out, node.form)
+        gradients, extra = _cut(gradients, node.form_out)
+        gradients = (*convert(gradients, node.form_out, node.form), *extra)
         if recompute:
-            _, pullback = evaluate.vjp_streams(leg, node.enter(kept))
+            _, pullback = evaluate.vjp_streams(leg, (*node.enter(kept), *beside))
             gradients = pullback(gradients)
             if node.hands_on:
                 tape.streams = kept
         else:
             inputs, gradients = leg.run_backward(
-                leg.block, node.enter_backward(kept or tape.take()), gradients, evaluate
+                leg.block,
+                (*node.enter_backward(kept or tape.take()), *beside),
+                gradients,
+                evaluate,
             )
             if node.hands_on:
-                tape.streams = convert(inputs, node.form, node.form_in)
+                tape.streams = convert(_cut(inputs, node.form)[0], node.form, node.form_in)
+        gradients, extra = _cut(gradients, node.form)
         gradients = convert(gradients, node.form, node.form_in)
-        return None, None, evaluate.context_gradient, *gradients, *evaluate.gradients
+        return None, None, evaluate.context_gradient, *gradients, *extra, *evaluate.gradients
 
 
-def _cut(tensors: Streams, form: Form) -> tuple[Streams, Streams]:
-    """Cuts a Function's tensors into the stream, which has the given form, and the rest."""
+def _cut(tensors: Sequence[Any], form: Form) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Cuts tensors into the stream, which has the given form, and what comes after it."""
     n = 1 if form == "whole" else 2
-    return tensors[:n], tensors[n:]
+    return tuple(tensors[:n]), tuple(tensors[n:])
 
 
 def is_altered(block: nn.Module) -> bool:

@@ -3,10 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from revlib import graph
 from revlib.replay import (
@@ -44,6 +47,23 @@ class Inverse(nn.Module):
         return hash((Inverse, self.block))
 
 
+class Weights(nn.Module):
+    """Stands for what a block makes of its own parameters: calling it calls `block.weights`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self) -> Streams:
+        return self.block.weights()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Weights) and other.block is self.block
+
+    def __hash__(self) -> int:
+        return hash((Weights, self.block))
+
+
 class Evaluate:
     """Evaluates sub-networks for a block: `evaluate(module, x)` is `module(x)`.
 
@@ -60,10 +80,11 @@ class Evaluate:
         self.context = context
         self.label = label
 
-    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        version = _version(x)
+    def __call__(self, module: nn.Module, x: Tensor | Streams) -> Any:
+        streams = (x,) if isinstance(x, Tensor) else x
+        versions = [_version(stream) for stream in streams]
         value = self._call(module, (x,) if self.context is None else (x, self.context))
-        if _version(x) != version:
+        if [_version(stream) for stream in streams] != versions:
             raise RuntimeError(
                 f"{self.label}: {type(module).__name__} changed its input in place, but that "
                 "input is a stream of the block and still needed; make the first operation of "
@@ -71,7 +92,11 @@ class Evaluate:
             )
         return value
 
-    def _call(self, module: nn.Module, args: Streams) -> Tensor:
+    def weights(self, block: nn.Module) -> Streams:
+        """Returns `block.weights()`: what the block computes with beside its streams."""
+        return self._call(Weights(block), ())
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return module(*args)
 
 
@@ -82,8 +107,8 @@ class Record(Evaluate):
         super().__init__(context, label)
         self.evaluations: list[Evaluation] = []
 
-    def _call(self, module: nn.Module, args: Streams) -> Tensor:
-        device = args[0].device
+    def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        device = _device(module, args)
         rng = rng_states(device)
         parts, parameters, buffers, scratch = [], [], [], []
         for part in module.modules():
@@ -174,21 +199,30 @@ class Replay(Evaluate):
         (value,), pullback = self.vjp_streams(lambda x, _: (self(module, *x),), (x,))
         return value, lambda gradient: pullback((gradient,))[0]
 
+    def vjp_weights(self, block: nn.Module) -> tuple[Streams, Callable[[Streams], Streams]]:
+        """Like `vjp`, for `weights(block)`: the function takes a gradient for each of them."""
+        return self.vjp_streams(lambda _, evaluate: evaluate.weights(block), ())
+
     def vjp_streams(
         self, function: Callable[[Streams, Evaluate], Streams], streams: Streams
     ) -> tuple[Streams, Callable[[Streams], Streams]]:
-        """Like `vjp`, for a function of streams that calls any number of sub-networks."""
+        """Like `vjp`, for a function of streams that calls any number of sub-networks.
+
+        A value or a gradient may be None where there is nothing to differentiate.
+        """
         streams = tuple(_leaf(x).requires_grad_() for x in streams)
         first = graph.sequence_number()
         with torch.enable_grad():
             values = function(streams, self)
         born = range(first, graph.sequence_number())
         # Edges stand for the values in the gradient pass and keep none of their memory.
-        edges = [get_gradient_edge(v) if v.requires_grad else None for v in values]
-        dtypes = [v.dtype for v in values]
+        edges = [
+            None if v is None or not v.requires_grad else get_gradient_edge(v) for v in values
+        ]
+        dtypes = [None if v is None else v.dtype for v in values]
 
         def pullback(gradients: Streams) -> Streams:
-            live = [i for i, edge in enumerate(edges) if edge is not None]
+            live = [i for i, edge in enumerate(edges) if edge and gradients[i] is not None]
             leaves = self._reached_leaves([edges[i].node for i in live], born, streams)
             found = dict.fromkeys((*streams, *leaves))
             if live:
@@ -203,19 +237,18 @@ class Replay(Evaluate):
                 self._collect(leaf, found[leaf])
             return tuple(torch.zeros_like(x) if found[x] is None else found[x] for x in streams)
 
-        return tuple(v.detach() for v in values), pullback
+        return tuple(None if v is None else v.detach() for v in values), pullback
 
-    def invert(self, module: nn.Module, y: Tensor) -> Tensor:
-        """Returns the input of a block that was evaluated whole, by the block's own inverse."""
+    def invert(self, module: nn.Module, y: Tensor | Streams) -> Any:
+        """Calls the block's own inverse, where the block was evaluated whole."""
         evaluation = self._pending[module][-1]
-        with torch.no_grad(), self._as_the_first_time(evaluation, y.device):
-            return super()._call(
-                Inverse(module), (y,) if self.context is None else (y, self.context)
-            )
+        args = (y,) if self.context is None else (y, self.context)
+        with torch.no_grad(), self._as_the_first_time(evaluation, _device(module, args)):
+            return super()._call(Inverse(module), args)
 
-    def _call(self, module: nn.Module, args: Streams) -> Tensor:
+    def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         evaluation = self._pending[module].pop()
-        with self._as_the_first_time(evaluation, args[0].device):
+        with self._as_the_first_time(evaluation, _device(module, args)):
             return super()._call(module, args)
 
     @contextmanager
@@ -272,6 +305,12 @@ class Replay(Evaluate):
         elif leaf in self._places:
             place = self._places[leaf]
             self.gradients[place] = _sum(self.gradients[place], gradient)
+
+
+def _device(module: nn.Module, args: tuple[Any, ...]) -> torch.device:
+    """Returns where an evaluation takes place."""
+    tensors = chain(tree_leaves(args), module.parameters())
+    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def _version(x: Tensor | None) -> int | None:

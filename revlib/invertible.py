@@ -34,6 +34,8 @@ class InvertibleModule(nn.Module):
             chain stores a block that says False, and refuses to rebuild it.
         on_streams: Whether a chain calls the methods on streams. It does not where a subclass
             overrides `forward` or `inverse` alone.
+        n_latents: How many tensors the block sends out of the chain beside its stream: those
+            that a flow factors out.
 
     Example:
         >>> class Flip(revlib.InvertibleModule):
@@ -51,9 +53,17 @@ class InvertibleModule(nn.Module):
     form: Form = "whole"
     cheap_inverse: bool = True
     on_streams: bool = False
+    n_latents: int = 0
+
+    @property
+    def contract(self) -> type["InvertibleModule"]:
+        """The class whose methods on streams call a block whole."""
+        return InvertibleModule
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "on_streams" in vars(cls):
+            return
         # Whoever overrides forward or inverse below the methods on streams means to be called.
         if "forward_streams" in vars(cls):
             cls.on_streams = True
@@ -106,12 +116,12 @@ def _step_back(
     (y,) = outputs
     x = evaluate.invert(module, y)
     again, pullback = evaluate.vjp(module, x)
-    _check_again(again, y, evaluate)
+    check_again(again, y, evaluate)
     del again
     return (x,), (pullback(gradients[0]),)
 
 
-def _check_again(again: Tensor, y: Tensor, evaluate: Replay) -> None:
+def check_again(again: Tensor, y: Tensor, evaluate: Replay) -> None:
     """Raises where the second output shows that the input was not rebuilt."""
     if not y.numel():
         return

@@ -7,7 +7,7 @@ from typing import Self, get_args
 
 from torch import Tensor, nn
 
-from revlib.autograd import Leg, Policy, is_altered, make_leg, run_chain
+from revlib.autograd import Leg, Outcome, Policy, is_altered, make_leg, run_chain
 from revlib.invertible import InvertibleModule
 from revlib.streams import Stream
 
@@ -105,7 +105,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """Adds a block before the one at `index`, under `policy` or the chain's own."""
         by_block = isinstance(self.policy, list)
         new = policy or ("rebuild" if by_block else self.policy)
-        _policy_in_force(str(index), module, new, asked_for=policy is not None)
+        self._policy_in_force(str(index), module, new, asked_for=policy is not None)
         if not by_block and new != self.policy:
             self._policy = [self.policy] * len(self)
         super().insert(index, module)
@@ -150,16 +150,58 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                 f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
             )
         return [
-            _policy_in_force(name, block, policy, asked_for=by_block)
+            self._policy_in_force(name, block, policy, asked_for=by_block)
             for (name, block), policy in zip(self._modules.items(), named, strict=True)
         ]
 
+    def _policy_in_force(
+        self, name: str, block: nn.Module, policy: Policy, *, asked_for: bool
+    ) -> Policy:
+        """Checks the policy of one block; `asked_for`: whether it was named for this block."""
+        label = f"block {name} ({type(block).__name__})"
+        self._check_contract(label, block)
+        if policy not in get_args(Policy):
+            raise ValueError(
+                f"policy must be one of {', '.join(map(repr, get_args(Policy)))}; "
+                f"got {policy!r} for {label}"
+            )
+        if policy != "rebuild":
+            return policy
+        if not isinstance(block, InvertibleModule):
+            raise TypeError(
+                f"{label} has no inverse to rebuild by; derive it from revlib.InvertibleModule, "
+                "or give it policy 'store' or 'recompute'"
+            )
+        if block.cheap_inverse:
+            return policy
+        if asked_for:
+            raise ValueError(
+                f"{label} has no cheap inverse to rebuild by; give it policy 'store' or "
+                "'recompute'"
+            )
+        return "store"
+
+    def _check_contract(self, label: str, block: nn.Module) -> None:
+        """Refuses a block whose log_det would be lost."""
+        if isinstance(block, InvertibleModule) and block.contract is not self.contract:
+            raise TypeError(f"{label} returns a log_det, too; put it in a FlowSequential")
+
     def _run(self, legs: list[Leg], x: Stream, context: Tensor | None) -> Stream:
+        return self._run_legs(legs, x, context).stream
+
+    def _run_legs(
+        self,
+        legs: list[Leg],
+        x: Stream,
+        context: Tensor | None,
+        latents: Sequence[Tensor] = (),
+    ) -> Outcome:
         self._refuse_sharded_blocks()
-        y, state_bytes = run_chain(legs, x, context)
-        if state_bytes != self.replay_state_bytes:  # an exported graph must not write attributes
-            self.replay_state_bytes = state_bytes
-        return y
+        outcome = run_chain(legs, x, context, latents)
+        # An exported graph must not write attributes.
+        if outcome.state_bytes != self.replay_state_bytes:
+            self.replay_state_bytes = outcome.state_bytes
+        return outcome
 
     def _legs(self, prefix: str = "", *, inverse: bool = False, store: bool = False) -> list[Leg]:
         """Returns the chain's legs first to last, with those of chains among its blocks."""
@@ -182,30 +224,6 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                     f"module {name} inside a ReversibleSequential is sharded by fully_shard, "
                     "which would leave its gradients None; apply fully_shard to the whole chain"
                 )
-
-
-def _policy_in_force(name: str, block: nn.Module, policy: Policy, *, asked_for: bool) -> Policy:
-    """Checks the policy of one block; `asked_for` tells whether it was named for this block."""
-    label = f"block {name} ({type(block).__name__})"
-    if policy not in get_args(Policy):
-        raise ValueError(
-            f"policy must be one of {', '.join(map(repr, get_args(Policy)))}; "
-            f"got {policy!r} for {label}"
-        )
-    if policy != "rebuild":
-        return policy
-    if not isinstance(block, InvertibleModule):
-        raise TypeError(
-            f"{label} has no inverse to rebuild by; derive it from revlib.InvertibleModule, or "
-            "give it policy 'store' or 'recompute'"
-        )
-    if block.cheap_inverse:
-        return policy
-    if asked_for:
-        raise ValueError(
-            f"{label} has no cheap inverse to rebuild by; give it policy 'store' or 'recompute'"
-        )
-    return "store"
 
 
 def _runs_as_its_blocks(block: nn.Module) -> bool:

@@ -1,0 +1,54 @@
+"""Normalizing flows whose activation memory does not grow with depth."""
+
+from revlib.flows.base import StandardNormal
+from revlib.flows.builders import glow, nice, realnvp, spline_flow
+from revlib.flows.conditioners import MLP, GlowConvNet, ResidualConvNet
+from revlib.flows.couplings import (
+    AdditiveCoupling,
+    AffineCoupling,
+    MultiplicativeCoupling,
+    SplineCoupling,
+)
+from revlib.flows.distribution import FlowDistribution
+from revlib.flows.finite import NonFiniteError
+from revlib.flows.flow import Flow
+from revlib.flows.inverse import Inverse
+from revlib.flows.layer import FlowLayer
+from revlib.flows.linear import ActNorm, ActNormConv1x1, DiagonalScaling, InvertibleConv1x1
+from revlib.flows.preprocessing import Affine, Dequantize, Logit
+from revlib.flows.rearranging import Flatten, Permutation, Squeeze, Unsqueeze
+from revlib.flows.sequential import FlowSequential
+from revlib.flows.split import Split
+
+__all__ = [
+    "MLP",
+    "ActNorm",
+    "ActNormConv1x1",
+    "AdditiveCoupling",
+    "Affine",
+    "AffineCoupling",
+    "Dequantize",
+    "DiagonalScaling",
+    "Flatten",
+    "Flow",
+    "FlowDistribution",
+    "FlowLayer",
+    "FlowSequential",
+    "GlowConvNet",
+    "Inverse",
+    "InvertibleConv1x1",
+    "Logit",
+    "MultiplicativeCoupling",
+    "NonFiniteError",
+    "Permutation",
+    "ResidualConvNet",
+    "SplineCoupling",
+    "Split",
+    "Squeeze",
+    "StandardNormal",
+    "Unsqueeze",
+    "glow",
+    "nice",
+    "realnvp",
+    "spline_flow",
+]

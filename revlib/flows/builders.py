@@ -1,0 +1,350 @@
+"""Whole flows: NICE, RealNVP, Glow and spline flows, for images and for vectors."""
+
+import math
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from revlib.autograd import Policy
+from revlib.flows.base import StandardNormal
+from revlib.flows.conditioners import MLP, GlowConvNet, ResidualConvNet
+from revlib.flows.couplings import AdditiveCoupling, AffineCoupling, SplineCoupling
+from revlib.flows.flow import Flow
+from revlib.flows.layer import FlowLayer
+from revlib.flows.linear import ActNorm, ActNormConv1x1, DiagonalScaling
+from revlib.flows.preprocessing import Affine, Dequantize, Logit
+from revlib.flows.rearranging import Flatten, Permutation, Squeeze
+from revlib.flows.sequential import FlowSequential
+from revlib.flows.split import Split
+
+Shape = tuple[int, ...]
+SubnetConstructor = Callable[[int, int], nn.Module]
+MakeLayers = Callable[[int, int], Iterator[FlowLayer]]
+
+
+def nice(
+    shape: Shape,
+    *,
+    layers: int = 4,
+    hidden: int = 1000,
+    depth: int = 5,
+    dequantize: int | None = None,
+    context: int = 0,
+    policy: Policy = "rebuild",
+    subnet_constructor: SubnetConstructor | None = None,
+) -> Flow:
+    """Builds NICE: additive couplings of the even and the odd elements, and a diagonal scaling.
+
+    Args:
+        shape: The shape of one sample. Images are flattened.
+        layers: The number of couplings.
+        hidden: The width of the conditioners.
+        depth: The number of hidden layers of a conditioner.
+        dequantize: The number of levels of the data, such as 256 for bytes; see
+            :class:`revlib.flows.Dequantize`. None for data that are real numbers.
+        context: The number of features of the conditioning input, 0 for none.
+        policy: As for :class:`revlib.flows.FlowSequential`.
+        subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
+            an :class:`revlib.flows.MLP`.
+
+    References:
+        NICE (Dinh et al., 2015), https://arxiv.org/abs/1410.8516. Its prior is logistic; here it
+        is normal.
+
+    Example:
+        >>> flow = revlib.flows.nice((2,), hidden=16)
+        >>> flow.log_prob(torch.randn(5, 2)).shape
+        torch.Size([5])
+    """
+    check_shape("nice", shape)
+    check_counts("nice", layers=layers, hidden=hidden, depth=depth)
+    size = math.prod(shape)
+    build = subnet_constructor or (
+        lambda c_in, c_out: MLP(c_in, c_out, (hidden,) * depth, context_features=context)
+    )
+    chain: list[FlowLayer] = [] if dequantize is None else [Dequantize(dequantize)]
+    if len(shape) > 1:
+        chain.append(Flatten(shape))
+    if size > 2:
+        chain.append(Permutation([*range(0, size, 2), *range(1, size, 2)]))
+    for i in range(layers):
+        kept, changed = halves(size, flip=i % 2 == 1)
+        chain.append(AdditiveCoupling(build(kept, changed), flip=i % 2 == 1))
+    chain.append(DiagonalScaling((size,)))
+    return make_flow(chain, [(size,)], shape, policy)
+
+
+def realnvp(
+    shape: Shape,
+    *,
+    levels: int = 2,
+    layers: int = 8,
+    hidden: int = 64,
+    blocks: int = 8,
+    dequantize: int | None = None,
+    context: int = 0,
+    policy: Policy = "rebuild",
+    subnet_constructor: SubnetConstructor | None = None,
+) -> Flow:
+    """Builds RealNVP: affine couplings, and for images the multi-scale architecture.
+
+    Every level has three checkerboard couplings, squeezes, has three channel-wise couplings, and
+    lets half of the channels leave; the last one has four checkerboard couplings. In place of
+    the paper's batch normalization there is :class:`revlib.flows.ActNorm` after each coupling.
+
+    Args:
+        shape: The shape of one sample, (channels, height, width) or (features,).
+        levels: The number of scales, for images.
+        layers: The number of couplings, for vectors.
+        hidden: The width of the conditioners.
+        blocks: The number of residual blocks of a conditioner, for images.
+        dequantize: As for :func:`revlib.flows.nice`; a :class:`revlib.flows.Logit` follows.
+        context: The number of features or channels of the conditioning input, 0 for none.
+        policy: As for :class:`revlib.flows.FlowSequential`.
+        subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
+            a :class:`revlib.flows.ResidualConvNet`, for vectors an :class:`revlib.flows.MLP`.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803
+
+    Example:
+        >>> flow = revlib.flows.realnvp((3, 8, 8), hidden=8, blocks=1, dequantize=256)
+        >>> images = torch.randint(256, (4, 3, 8, 8))
+        >>> [latent.shape for latent in flow.transform(images.float())[0]]
+        [torch.Size([4, 6, 4, 4]), torch.Size([4, 6, 4, 4])]
+    """
+    check_shape("realnvp", shape)
+    check_counts("realnvp", levels=levels, layers=layers, hidden=hidden, blocks=blocks)
+
+    def default(c_in: int, c_out: int) -> nn.Module:
+        if len(shape) == 1:
+            return MLP(c_in, c_out, (hidden, hidden), context_features=context)
+        return ResidualConvNet(c_in, c_out, hidden, blocks, context_channels=context)
+
+    build = subnet_constructor or default
+
+    def couplings(channels: int, mask: str, n: int) -> Iterator[FlowLayer]:
+        for i in range(n):
+            flip = i % 2 == 1
+            sizes = halves(channels, flip) if mask == "channel" else (channels, channels)
+            yield AffineCoupling(build(sizes[0], 2 * sizes[1]), mask=mask, flip=flip)
+            yield ActNorm(channels)
+
+    chain: list[FlowLayer] = []
+    if dequantize is not None:
+        chain += [Dequantize(dequantize), Logit()]
+    if len(shape) == 1:
+        chain += couplings(*shape, "channel", layers)
+        return make_flow(chain, [shape], shape, policy)
+
+    check_divisible("realnvp", shape, levels - 1)
+    channels, height, width = shape
+    latents = []
+    for _ in range(levels - 1):
+        chain += [*couplings(channels, "checkerboard", 3), Squeeze()]
+        channels, height, width = 4 * channels, height // 2, width // 2
+        chain += [*couplings(channels, "channel", 3), Split()]
+        channels //= 2
+        latents.append((channels, height, width))
+    chain += couplings(channels, "checkerboard", 4)
+    return make_flow(chain, [*latents, (channels, height, width)], shape, policy)
+
+
+def glow(
+    shape: Shape,
+    *,
+    levels: int | None = None,
+    steps: int = 32,
+    hidden: int = 512,
+    scale: str = "sigmoid",
+    lu: bool = True,
+    dequantize: int | None = None,
+    context: int = 0,
+    policy: Policy = "rebuild",
+    subnet_constructor: SubnetConstructor | None = None,
+) -> Flow:
+    """Builds Glow: steps of activation norm, invertible 1x1 convolution and affine coupling.
+
+    A level squeezes, has `steps` steps, and, but for the last one, lets half of its channels
+    leave, with a prior learned from the rest. For vectors there is one level and no squeeze.
+
+    Args:
+        shape: The shape of one sample, (channels, height, width) or (features,).
+        levels: The number of levels; 3 for images, if not given. Vectors have 1.
+        steps: The number of steps in a level.
+        hidden: The width of the conditioners.
+        scale: How the couplings bound their log-scales, see
+            :class:`revlib.flows.AffineCoupling`.
+        lu: As for :class:`revlib.flows.InvertibleConv1x1`.
+        dequantize: As for :func:`revlib.flows.nice`; the result is centred on 0.
+        context: The number of features or channels of the conditioning input, 0 for none.
+        policy: As for :class:`revlib.flows.FlowSequential`.
+        subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
+            a :class:`revlib.flows.GlowConvNet`, for vectors an :class:`revlib.flows.MLP`.
+
+    References:
+        Glow (Kingma and Dhariwal, 2018), https://arxiv.org/abs/1807.03039
+
+    Example:
+        >>> flow = revlib.flows.glow((3, 8, 8), levels=2, steps=2, hidden=8, dequantize=256)
+        >>> images = torch.randint(256, (4, 3, 8, 8))
+        >>> flow.bits_per_dim(images).shape, flow.sample(5).shape
+        (torch.Size([]), torch.Size([5, 3, 8, 8]))
+    """
+    check_counts("glow", steps=steps, hidden=hidden)
+
+    def coupling(build: SubnetConstructor, kept: int, changed: int) -> FlowLayer:
+        return AffineCoupling(build(kept, 2 * changed), scale=scale)
+
+    return multiscale(
+        "glow", shape, levels, steps, hidden, lu, dequantize, context, policy,
+        subnet_constructor, coupling,
+    )  # fmt: skip
+
+
+def spline_flow(
+    shape: Shape,
+    *,
+    levels: int | None = None,
+    steps: int = 8,
+    hidden: int = 128,
+    bins: int = 8,
+    bound: float = 3.0,
+    lu: bool = True,
+    dequantize: int | None = None,
+    context: int = 0,
+    policy: Policy = "rebuild",
+    subnet_constructor: SubnetConstructor | None = None,
+) -> Flow:
+    """Builds a neural spline flow: Glow's architecture with rational-quadratic couplings.
+
+    Args:
+        shape: The shape of one sample, (channels, height, width) or (features,).
+        levels: As for :func:`revlib.flows.glow`.
+        steps: The number of steps in a level.
+        hidden: The width of the conditioners.
+        bins: As for :class:`revlib.flows.SplineCoupling`.
+        bound: As for :class:`revlib.flows.SplineCoupling`.
+        lu: As for :class:`revlib.flows.InvertibleConv1x1`.
+        dequantize: As for :func:`revlib.flows.glow`.
+        context: The number of features or channels of the conditioning input, 0 for none.
+        policy: As for :class:`revlib.flows.FlowSequential`.
+        subnet_constructor: As for :func:`revlib.flows.glow`.
+
+    References:
+        Neural Spline Flows (Durkan et al., 2019), https://arxiv.org/abs/1906.04032
+
+    Example:
+        >>> flow = revlib.flows.spline_flow((2,), steps=2, hidden=16)
+        >>> flow.log_prob(torch.randn(5, 2)).shape
+        torch.Size([5])
+    """
+    check_counts("spline_flow", steps=steps, hidden=hidden)
+
+    def coupling(build: SubnetConstructor, kept: int, changed: int) -> FlowLayer:
+        return SplineCoupling(build(kept, (3 * bins - 1) * changed), bins=bins, bound=bound)
+
+    return multiscale(
+        "spline_flow", shape, levels, steps, hidden, lu, dequantize, context, policy,
+        subnet_constructor, coupling,
+    )  # fmt: skip
+
+
+def multiscale(
+    name: str,
+    shape: Shape,
+    levels: int | None,
+    steps: int,
+    hidden: int,
+    lu: bool,
+    dequantize: int | None,
+    context: int,
+    policy: Policy,
+    subnet_constructor: SubnetConstructor | None,
+    coupling: Callable[[SubnetConstructor, int, int], FlowLayer],
+) -> Flow:
+    """Builds levels of steps, each an `ActNormConv1x1` and a coupling."""
+    check_shape(name, shape)
+    is_vector = len(shape) == 1
+    levels = levels or (1 if is_vector else 3)
+    check_counts(name, levels=levels)
+    if is_vector and levels > 1:
+        raise ValueError(f"{name}: levels must be 1 for vectors; got {levels}")
+
+    def default(c_in: int, c_out: int) -> nn.Module:
+        if is_vector:
+            return MLP(c_in, c_out, (hidden, hidden), context_features=context)
+        return GlowConvNet(c_in, c_out, hidden, context_channels=context)
+
+    build = subnet_constructor or default
+
+    def level(channels: int) -> Iterator[FlowLayer]:
+        for _ in range(steps):
+            yield ActNormConv1x1(channels, lu=lu)
+            yield coupling(build, *halves(channels))
+
+    chain: list[FlowLayer] = []
+    if dequantize is not None:
+        chain += [Dequantize(dequantize), Affine(mean=0.5)]
+    if is_vector:
+        chain += level(*shape)
+        return make_flow(chain, [shape], shape, policy)
+
+    check_divisible(name, shape, levels)
+    channels, height, width = shape
+    latents = []
+    for i in range(levels):
+        channels, height, width = 4 * channels, height // 2, width // 2
+        chain += [Squeeze(), *level(channels)]
+        if i < levels - 1:
+            channels //= 2
+            chain.append(Split(ZeroConv2d(channels, 2 * channels)))
+        latents.append((channels, height, width))
+    return make_flow(chain, latents, shape, policy)
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A 3x3 convolution that starts as zero: what a learned prior is made of."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(c_in, c_out, 3, padding=1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+def make_flow(chain: list[FlowLayer], latents: list[Shape], shape: Shape, policy: Policy) -> Flow:
+    transform = FlowSequential(*chain, policy=policy)
+    return Flow(transform, StandardNormal(*latents), shape=shape)
+
+
+def halves(channels: int, flip: bool = False) -> tuple[int, int]:
+    """Returns how many channels a coupling keeps, and how many it changes."""
+    first = channels - channels // 2
+    return (channels - first, first) if flip else (first, channels - first)
+
+
+def check_shape(name: str, shape: Shape) -> None:
+    is_shape = isinstance(shape, tuple) and all(isinstance(n, int) and n > 0 for n in shape)
+    if not is_shape or len(shape) not in (1, 3):
+        raise ValueError(
+            f"{name}: shape must be (channels, height, width) or (features,); got {shape!r}"
+        )
+    if shape == (1,):
+        raise ValueError(f"{name}: shape must leave something to couple; got {shape}")
+
+
+def check_counts(name: str, **counts: int) -> None:
+    for argument, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: {argument} must be a whole number above 0; got {count!r}")
+
+
+def check_divisible(name: str, shape: Shape, times: int) -> None:
+    if any(size % 2**times for size in shape[1:]):
+        raise ValueError(
+            f"{name}: height and width must be divisible by {2**times}, to be squeezed {times} "
+            f"times; got {shape[1]}x{shape[2]}; use fewer levels, or pad the images"
+        )

@@ -1,0 +1,61 @@
+"""A flow as a `torch.distributions.Distribution`."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+if TYPE_CHECKING:
+    from revlib.flows.flow import Flow
+
+
+class FlowDistribution(Distribution):
+    """The distribution of a flow's samples, one for each row of the context if there is one.
+
+    Made by :meth:`revlib.flows.Flow.distribution`.
+
+    Example:
+        >>> distribution = revlib.flows.realnvp((2,), context=3).distribution(torch.randn(4, 3))
+        >>> distribution.batch_shape, distribution.event_shape
+        (torch.Size([4]), torch.Size([2]))
+        >>> distribution.log_prob(distribution.sample((5,))).shape
+        torch.Size([5, 4])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's own form)
+    has_rsample = True
+
+    def __init__(self, flow: "Flow", shape: tuple[int, ...], context: Tensor | None) -> None:
+        self.flow = flow
+        self.context = context
+        batch_shape = torch.Size() if context is None else context.shape[:1]
+        super().__init__(batch_shape, torch.Size(shape), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        n = math.prod(shape[: len(shape) - len(self.event_shape)])
+        return self.flow.sample(n, self._rows(n)).view(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        n_event = len(self.event_shape)
+        if value.shape[value.ndim - n_event :] != self.event_shape:
+            raise ValueError(
+                f"value must be [..., {', '.join(map(str, self.event_shape))}]; "
+                f"got {list(value.shape)}"
+            )
+        shape = torch.broadcast_shapes(value.shape[: value.ndim - n_event], self.batch_shape)
+        rows = value.expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
+        return self.flow.log_prob(rows, self._rows(len(rows))).view(shape)
+
+    def _rows(self, n: int) -> Tensor | None:
+        """Returns a row of the context for each of n samples."""
+        if self.context is None:
+            return None
+        repeats = n // max(1, len(self.context))
+        return self.context.repeat(repeats, *(1,) * (self.context.ndim - 1))

@@ -1,0 +1,153 @@
+"""A normalizing flow: a chain from data to latents, and what the latents are distributed as."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from revlib.flows.base import Base, StandardNormal, TorchBase
+from revlib.flows.distribution import FlowDistribution
+from revlib.flows.finite import NonFiniteError, is_known_nonfinite
+from revlib.flows.layer import FlowLayer
+from revlib.flows.sequential import FlowSequential
+
+
+class Flow(nn.Module):
+    r"""A density with exact log-likelihoods that can be drawn from.
+
+    .. math:: \log p(x) = \log p_{\text{base}}(z) + \log\left|\det \frac{dz}{dx}\right|, \qquad
+              z = \text{transform}(x)
+
+    Args:
+        transform: A chain, or one layer, from data to latent.
+        base: The distribution of the latent: None for the standard normal one, a
+            `torch.distributions.Distribution` over a sample's latent, or a module with the two
+            methods of :class:`revlib.flows.StandardNormal`.
+        shape: The shape of one sample; by default that of the first x.
+
+    Shape:
+        x is [batch, *shape], floating or whole numbers. A `context` is [batch, ...].
+
+    Raises:
+        NonFiniteError: On a CPU, if a log density comes out infinite or NaN: it names the layer.
+
+    References:
+        Normalizing Flows for Probabilistic Modeling and Inference (Papamakarios et al., 2021),
+        https://arxiv.org/abs/1912.02762
+
+    Example:
+        >>> flow = revlib.flows.realnvp((2,))
+        >>> loss = flow.nll(torch.randn(64, 2))
+        >>> loss.backward()
+        >>> x, log_prob = flow.sample_and_log_prob(5)
+        >>> x.shape, torch.allclose(flow.log_prob(x), log_prob, atol=1e-4)
+        (torch.Size([5, 2]), True)
+    """
+
+    def __init__(
+        self,
+        transform: FlowLayer,
+        base: Distribution | Base | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(transform, FlowLayer):
+            raise TypeError(f"transform must be a FlowLayer; got {type(transform).__name__}")
+        if not isinstance(transform, FlowSequential):
+            transform = FlowSequential(transform)
+        if base is None:
+            base = StandardNormal()
+        elif isinstance(base, Distribution):
+            base = TorchBase(base)
+        self.transform = transform
+        self.base = base
+        self.shape = shape if shape is None else tuple(shape)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Is `log_prob`, so that wrappers of modules, such as DDP, find what to wrap."""
+        return self.log_prob(x, context)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the log density of each sample in nats, [batch]."""
+        x = self._checked(x)
+        z, log_det = self.transform(x, context)
+        log_prob = self.base.log_prob(z) + log_det
+        if is_known_nonfinite(log_prob):
+            where = self.transform.find_nonfinite(x, context)
+            raise NonFiniteError(f"log_prob must stay finite; {where}")
+        return log_prob
+
+    def nll(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the negative log-likelihood in nats, the mean over the batch: the usual loss."""
+        return -self.log_prob(x, context).mean()
+
+    def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the negative log-likelihood in bits per element, the mean over the batch.
+
+        Of images it is what papers report if x holds pixel values, such as 0 to 255, and the flow
+        begins with :class:`revlib.flows.Dequantize`.
+        """
+        return self.nll(x, context) / (math.prod(x.shape[1:]) * math.log(2))
+
+    def sample(self, n: int, context: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
+        """Draws n samples, [n, *shape]; gradients reach the parameters and the context.
+
+        Args:
+            n: How many.
+            context: The conditioning input of each of them, [n, ...], or of all, [1, ...].
+            temperature: The standard deviation of the latent: below 1 for less varied samples.
+        """
+        x, _ = self.transform.inverse(self.base.sample(n, temperature), self._context(n, context))
+        return x
+
+    def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draws n samples and returns them with their log densities, by one pass.
+
+        Args:
+            n: How many.
+            context: As for `sample`.
+        """
+        z = self.base.sample(n)
+        x, log_det = self.transform.inverse(z, self._context(n, context))
+        return x, self.base.log_prob(z) - log_det
+
+    def distribution(self, context: Tensor | None = None) -> FlowDistribution:
+        """Returns the flow as a `torch.distributions.Distribution`.
+
+        Args:
+            context: The conditioning inputs of a batch of distributions, [batch, ...], or None.
+        """
+        if self.shape is None:
+            raise RuntimeError(
+                "distribution needs the shape of a sample: give the flow shape=..., or call "
+                "log_prob first"
+            )
+        return FlowDistribution(self, self.shape, context)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
+        if self.shape is None:
+            self.shape = tuple(x.shape[1:])
+        if tuple(x.shape[1:]) != self.shape or x.ndim < 2:
+            raise ValueError(f"x must be [batch, {_listed(self.shape)}]; got {list(x.shape)}")
+        if x.is_floating_point():
+            return x
+        floats = (p.dtype for p in self.parameters() if p.is_floating_point())
+        return x.to(next(floats, torch.get_default_dtype()))
+
+    def _context(self, n: int, context: Tensor | None) -> Tensor | None:
+        if context is None:
+            return None
+        if len(context) not in (1, n):
+            raise ValueError(
+                f"context must have one row for each of {n} samples, or one for all; "
+                f"got {len(context)}"
+            )
+        return context.expand(n, *context.shape[1:])
+
+
+def _listed(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape)) or "..."
