@@ -7,7 +7,7 @@ import torch
 from layer_cases import Case, every_layer, every_layer_that_keeps_all
 from torch import Tensor
 
-from revlib import flows
+from revlib import flows, use_kernels
 from revlib.memory import measure_step
 
 Latent = Tensor | tuple[Tensor, ...]
@@ -94,6 +94,29 @@ def test_gradients_of_a_chain_are_those_of_a_stored_one(case: Case, direction, p
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
+@every_layer
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_fused_kernels_change_no_gradient(case: Case, direction):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    layer, (x, *context) = case.build(), case.inputs()
+    start = latent_of(layer, (x, *context)) if direction == "inverse" else x
+    gradients = []
+
+    for enabled in (True, False):
+        chain = flows.FlowSequential(copy.deepcopy(layer))
+        leaves = [part.clone().requires_grad_() for part in (*parts(start), *context)]
+        n = len(parts(start))
+        begin = tuple(leaves[:n]) if isinstance(start, tuple) else leaves[0]
+        with use_kernels(enabled):
+            loss_of(*getattr(chain, direction)(begin, *leaves[n:])).backward()
+        gradients.append([leaf.grad for leaf in (*leaves, *chain.parameters())])
+
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
 @every_layer
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_rebuilt_gradients_are_those_of_finite_differences(case: Case, direction):
