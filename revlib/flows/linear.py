@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from revlib import functional
 from revlib.evaluate import Evaluate, Replay
+from revlib.flows.finite import NonFiniteError, is_finite
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.functional._checks import check_integer
 from revlib.streams import Streams, memory_format
@@ -84,10 +85,10 @@ class ActNorm(FlowLayer):
 
     .. math:: y = x \cdot \exp(s) + b, \qquad \log\left|\det J\right| = n \sum s
 
-    where n is the number of pixels. The first call in training mode, in either direction, sets
-    the parameters so that every channel of the result has mean 0 and variance 1 over that batch.
-    Where `torch.distributed` is in use, that is the mean of all processes' statistics, so that
-    they start alike: all of them must make that call.
+    where n is the number of pixels. The first batch that goes forward in training mode sets the
+    parameters so that every channel of y has mean 0 and variance 1 over that batch; unless they
+    were trained before, through `inverse`. Where `torch.distributed` is in use, they are set to
+    the mean over all processes, so that these start alike: all of them must make that call.
 
     Args:
         channels: The number of channels.
@@ -96,8 +97,8 @@ class ActNorm(FlowLayer):
         [batch, channels, ...].
 
     Attributes:
-        initialized: A buffer that tells whether the first call was made. It is saved with the
-            parameters, so that a resumed run keeps what it has learned.
+        initialized: A buffer that tells whether a batch has set the parameters. It is saved with
+            them, so that a resumed run keeps what it has learned.
 
     References:
         Glow (Kingma and Dhariwal, 2018), section 3.1, https://arxiv.org/abs/1807.03039
@@ -130,7 +131,6 @@ class ActNorm(FlowLayer):
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
         check_channels(y, len(self.log_scale), evaluate)
-        self.initialize(y, inverse=True)
         return functional.actnorm_inverse(y, *evaluate.weights(self))
 
     def backward_streams(
@@ -151,23 +151,19 @@ class ActNorm(FlowLayer):
         pullback(dweights)
         return (y,), (dy,)
 
-    def awaits_first_batch(self, x: Tensor) -> bool:
-        """Tells whether `x` is the batch that decides."""
-        if self._seen_initialized or not self.training or not len(x):
-            return False
-        self._seen_initialized = bool(self.initialized)
-        return not self._seen_initialized
-
     @torch.no_grad()
-    def initialize(self, x: Tensor, *, inverse: bool = False) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Sets the parameters from `x`, if this is the batch that decides."""
-        if self.awaits_first_batch(x):
+        if self._seen_initialized or not self.training or not len(x):
+            return
+        if not (self.initialized or self.log_scale.any() or self.bias.any()):
             log_scale, bias = map(mean_over_processes, functional.actnorm_init(x))
-            if inverse:
-                log_scale, bias = -log_scale, -bias * (-log_scale).exp()
+            if not is_finite(log_scale, bias):
+                raise NonFiniteError("ActNorm cannot start from a batch that is not finite")
             self.log_scale.copy_(log_scale)
             self.bias.copy_(bias)
             self.initialized.fill_(True)
+        self._seen_initialized = True
 
     def extra_repr(self) -> str:
         return f"channels={len(self.log_scale)}"
@@ -326,14 +322,6 @@ class ActNormConv1x1(ChannelMap):
         check_channels(x, self.channels, evaluate)
         self.actnorm.initialize(x)
         return super().forward_streams(streams, evaluate)
-
-    def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
-        (y,) = streams
-        check_channels(y, self.channels, evaluate)
-        if self.actnorm.awaits_first_batch(y):
-            matrix, _, _ = self.conv.weights()
-            self.actnorm.initialize(mapped(y, inverted(matrix)), inverse=True)
-        return super().inverse_streams(streams, evaluate)
 
 
 def mapped(x: Tensor, matrix: Tensor) -> Tensor:
