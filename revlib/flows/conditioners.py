@@ -1,41 +1,271 @@
-"""Temporary: sub-networks of couplings."""
+"""Sub-networks of couplings: a perceptron for vectors, convolutional networks for images.
+
+The last layer of each starts as zero, so that a coupling starts as the identity, or with
+`scale="sigmoid"` near it. A ReLU writes over what it is given where that is the result of a
+convolution, which no gradient needs. Nothing writes over the input: it is the coupling's stream.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from revlib.functional._checks import check_integer
+
+LARGEST = 2**31
 
 
 class MLP(nn.Module):
-    def __init__(self, c_in, c_out, hidden=(64, 64), context_features=0):
-        super().__init__()
-        sizes = [c_in + context_features, *hidden]
-        layers = []
-        for a, b in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], c_out))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+    """A multilayer perceptron that starts as zero: the conditioner for vectors.
 
-    def forward(self, x, context=None):
-        return self.net(x if context is None else torch.cat((x, context), 1))
+    Args:
+        c_in: The number of input features.
+        c_out: The number of output features.
+        hidden: The width of each hidden layer.
+        context_features: The number of features of the context, 0 for none.
+        activation: Builds what follows a hidden layer, called without arguments.
+
+    Shape:
+        The input is [batch, c_in], the output [batch, c_out]. The context, [batch,
+        context_features], is appended to the input.
+
+    Raises:
+        ValueError: If the input or the context has another shape, or if there is a context
+            where none was announced, or none where one was.
+
+    References:
+        NICE (Dinh et al., 2015), section 5.1, https://arxiv.org/abs/1410.8516
+
+    Example:
+        >>> net = revlib.flows.MLP(3, 6, hidden=(32, 32), context_features=2)
+        >>> net(torch.randn(5, 3), torch.randn(5, 2)).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        hidden: Sequence[int] = (64, 64),
+        context_features: int = 0,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        check_sizes("MLP", c_in=c_in, c_out=c_out)
+        check_integer("MLP", "context_features", context_features, 0, LARGEST)
+        if not isinstance(hidden, Sequence):
+            raise TypeError(f"MLP: hidden must be a sequence of widths; got {hidden!r}")
+        for i, width in enumerate(hidden):
+            check_sizes("MLP", **{f"hidden[{i}]": width})
+        if isinstance(activation, nn.Module) or not callable(activation):
+            raise TypeError(
+                "MLP: activation must build a module when it is called without arguments, such "
+                f"as nn.ReLU; got {activation!r}"
+            )
+        self.c_in = c_in
+        self.context_features = context_features
+        widths = [c_in + context_features, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), activation()]
+        self.layers = nn.Sequential(*layers, starting_as_zero(nn.Linear(widths[-1], c_out)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_shape("MLP", "x", x, ("batch", self.c_in))
+        check_presence("MLP", context, "context_features", self.context_features)
+        if context is None:
+            return self.layers(x)
+        check_shape("MLP", "context", context, (len(x), self.context_features))
+        return self.layers(torch.cat((x, context), 1))
+
+
+class ResidualConvNet(nn.Module):
+    """A residual network that keeps height and width and starts as zero, as RealNVP uses it.
+
+    A 3x3 convolution, pre-activation residual blocks of two 3x3 convolutions, ReLU, and a 1x1
+    convolution that starts as zero. All but the last have weight normalization.
+
+    The paper has batch normalization, too. Here there is none: it would make the density of a
+    sample depend on the rest of its batch in training, and be another function in evaluation.
+    The authors' code also feeds the input with both signs and the mask, and sums a 1x1
+    convolution of every block's output before the last layer.
+
+    Args:
+        c_in: The number of input channels.
+        c_out: The number of output channels.
+        hidden: The number of channels in between.
+        blocks: The number of residual blocks.
+        context_channels: The number of channels of the context, 0 for none.
+
+    Shape:
+        The input is [batch, c_in, height, width], the output [batch, c_out, height, width]. A 1x1
+        convolution of the context is added to the result of the first convolution; the context
+        is [batch, context_channels, height, width], or without height and width the same at
+        every pixel.
+
+    Raises:
+        ValueError: As for :class:`revlib.flows.MLP`.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803;
+        Weight Normalization (Salimans and Kingma, 2016), https://arxiv.org/abs/1602.07868
+
+    Example:
+        >>> net = revlib.flows.ResidualConvNet(3, 6, hidden=16)
+        >>> net(torch.randn(5, 3, 8, 8)).shape
+        torch.Size([5, 6, 8, 8])
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, hidden: int = 64, blocks: int = 2, context_channels: int = 0
+    ) -> None:
+        super().__init__()
+        check_sizes("ResidualConvNet", c_in=c_in, c_out=c_out, hidden=hidden, blocks=blocks)
+        first = WeightNormConv2d(c_in, hidden)
+        self.first = ConvWithContext("ResidualConvNet", first, context_channels)
+        self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(blocks))
+        self.last = starting_as_zero(nn.Conv2d(hidden, c_out, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.first(x, context)
+        # Not as an nn.Sequential, which would hold the first h to the end: one more at the peak.
+        for block in self.blocks:
+            h = block(h)
+        return self.last(h.relu_())
 
 
 class GlowConvNet(nn.Module):
-    def __init__(self, c_in, c_out, hidden=512, context_channels=0):
+    """The three convolutions of Glow's couplings, of which the last one starts as zero.
+
+    A 3x3 convolution, ReLU, a 1x1 convolution, ReLU, and a 3x3 convolution.
+
+    This is the network that the paper describes. The authors' code has activation normalization
+    in place of the first two biases: here these weights are drawn as He et al. (2015) do, so that
+    activations start with the variance of the input, without a first batch that decides it. It
+    also multiplies the output by exp(3 s) with a learned s for each channel, which lets the last
+    layer learn faster, and marks the border of the image by a channel of its own.
+
+    Args:
+        c_in: The number of input channels.
+        c_out: The number of output channels.
+        hidden: The number of channels in between.
+        context_channels: The number of channels of the context, 0 for none.
+
+    Shape:
+        As for :class:`revlib.flows.ResidualConvNet`.
+
+    Raises:
+        ValueError: As for :class:`revlib.flows.MLP`.
+
+    References:
+        Glow (Kingma and Dhariwal, 2018), section B, https://arxiv.org/abs/1807.03039
+
+    Example:
+        >>> net = revlib.flows.GlowConvNet(3, 6, hidden=16, context_channels=2)
+        >>> net(torch.randn(5, 3, 8, 8), torch.randn(5, 2)).shape
+        torch.Size([5, 6, 8, 8])
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, hidden: int = 512, context_channels: int = 0
+    ) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(c_in, hidden, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, c_out, 3, padding=1),
-        )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        check_sizes("GlowConvNet", c_in=c_in, c_out=c_out, hidden=hidden)
+        first = nn.Conv2d(c_in, hidden, 3, padding=1)
+        self.first = ConvWithContext("GlowConvNet", first, context_channels)
+        self.middle = nn.Conv2d(hidden, hidden, 1)
+        self.last = starting_as_zero(nn.Conv2d(hidden, c_out, 3, padding=1))
+        for conv in (first, self.middle):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
 
-    def forward(self, x, context=None):
-        return self.net(x)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(self.middle(self.first(x, context).relu_()).relu_())
 
 
-class ResidualConvNet(GlowConvNet):
-    def __init__(self, c_in, c_out, hidden=64, blocks=2, context_channels=0):
-        super().__init__(c_in, c_out, hidden)
+class ResidualBlock(nn.Module):
+    """ReLU and 3x3 convolution, twice, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = WeightNormConv2d(channels, channels)
+        self.second = WeightNormConv2d(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x.relu()).relu_())
+
+
+class WeightNormConv2d(nn.Conv2d):
+    r"""A 3x3 convolution with weight normalization, :math:`w = g \cdot v / \|v\|`.
+
+    It starts as the plain convolution with the weights v. PyTorch's parametrization of that name
+    does the same, but a module that has it cannot be pickled.
+    """
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(c_in, c_out, 3, padding=1)
+        self.gain = nn.Parameter(self._norm().detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * (self.gain / self._norm())
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
+
+    def _norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
+
+
+class ConvWithContext(nn.Module):
+    """A convolution of the input, plus a 1x1 convolution of the context if there is one."""
+
+    def __init__(self, net: str, conv: nn.Conv2d, context_channels: int) -> None:
+        super().__init__()
+        check_integer(net, "context_channels", context_channels, 0, LARGEST)
+        self.net = net
+        self.context_channels = context_channels
+        self.conv = conv
+        if context_channels:
+            self.context_conv = nn.Conv2d(context_channels, conv.out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        check_shape(self.net, "x", x, ("batch", self.conv.in_channels, "height", "width"))
+        check_presence(self.net, context, "context_channels", self.context_channels)
+        if context is None:
+            return self.conv(x)
+        batch, _, height, width = x.shape
+        vector = (batch, self.context_channels)
+        check_shape(self.net, "context", context, vector, (*vector, height, width))
+        if context.ndim == 2:
+            context = context[:, :, None, None]
+        return self.conv(x) + self.context_conv(context)
+
+
+def starting_as_zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def check_sizes(net: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        check_integer(net, name, size, 1, LARGEST)
+
+
+def check_presence(net: str, context: Tensor | None, name: str, size: int) -> None:
+    """Raises where there is a context that the network was not built for, or the reverse."""
+    if (context is not None) != (size > 0):
+        rule = "given" if size else "None"
+        got = "None" if context is None else f"one of shape {list(context.shape)}"
+        raise ValueError(f"{net}: context must be {rule}, for {name} is {size}; got {got}")
+
+
+def check_shape(net: str, name: str, x: Tensor, *allowed: tuple[int | str, ...]) -> None:
+    """Raises where `x` has none of the allowed shapes, in which a name stands for any size."""
+    for shape in allowed:
+        if x.ndim == len(shape) and all(
+            isinstance(want, str) or got == want for got, want in zip(x.shape, shape, strict=True)
+        ):
+            return
+    shapes = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in allowed)
+    raise ValueError(f"{net}: {name} must be {shapes}; got {list(x.shape)}")
