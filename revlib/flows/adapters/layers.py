@@ -1,0 +1,304 @@
+"""Layers that run the modules of other libraries, whatever these call their directions.
+
+An adapter holds the user's own module, so that parameters, state dict and sub-modules are shared.
+What differs between libraries comes in as functions of that module. They belong to no instance:
+copies of an adapter then use their own copy of the module.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revlib.evaluate import Evaluate, Replay
+from revlib.flows.layer import FlowLayer, zeros
+from revlib.replay import rng_set, rng_states
+from revlib.streams import Streams
+
+# Runs a module in a direction of its own: run(module, x, context, inverse) returns the result and
+# the log_det.
+Run = Callable[[nn.Module, Tensor, Tensor | None, bool], tuple[Tensor, Any]]
+
+# What the sub-networks of a coupling are called with: see(module, x, context).
+See = Callable[[nn.Module, Tensor, Tensor | None], tuple[Any, ...]]
+
+
+class Called(FlowLayer):
+    """Calls a module whole: three evaluations in a step that rebuilds.
+
+    Args:
+        module: The user's module.
+        run: Runs it.
+        flip: Whether its own forward direction goes from latent to data.
+        cheap_inverse: Whether a chain may rebuild it.
+    """
+
+    on_streams = False
+
+    def __init__(
+        self, module: nn.Module, run: Run, *, flip: bool = False, cheap_inverse: bool = True
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.flip = flip
+        self.cheap_inverse = cheap_inverse
+        self._run = run
+
+    @property
+    def contract(self) -> type[FlowLayer]:
+        return type(self)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.call(x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.call(z, context, inverse=True)
+
+    def call(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        y, log_det = self._run(self.module, x, context, inverse != self.flip)
+        return y, per_sample(log_det, x)
+
+    def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        initialize(self, *streams, evaluate.context)
+        return super().forward_streams(streams, evaluate)
+
+    def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        initialize(Backwards(self), *streams, evaluate.context)
+        return super().inverse_streams(streams, evaluate)
+
+
+class Coupling(FlowLayer):
+    """Runs a coupling with two evaluations of its sub-networks in a step that rebuilds.
+
+    The sub-networks are evaluated apart, on what the coupling keeps. The rest is the library's own
+    code, run on a stand-in for the module in which they return what was found: first the other way
+    round, to rebuild the input, then forward, to differentiate.
+
+    Args:
+        module: The user's module.
+        networks: The names of its sub-networks.
+        see: Returns what they are called with, the same for the input as for the output.
+        run: Runs the module, or a stand-in for it.
+        flip: Whether its own forward direction goes from latent to data.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        networks: Sequence[str],
+        see: See,
+        run: Run,
+        *,
+        flip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.networks = tuple(networks)
+        self.flip = flip
+        self._see = see
+        self._run = run
+
+    def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        return self._couple(streams, evaluate, inverse=False)
+
+    def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        return self._couple(streams, evaluate, inverse=True)
+
+    def backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        return self._step_back(outputs, gradients, evaluate, inverse=False)
+
+    def inverse_backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        return self._step_back(outputs, gradients, evaluate, inverse=True)
+
+    def condition(self, x: Tensor, context: Tensor | None) -> Streams:
+        """Returns what each sub-network says."""
+        seen = self._see(self.module, x, context)
+        return tuple(self.module.get_submodule(name)(*seen) for name in self.networks)
+
+    def couple(
+        self, x: Tensor, h: Streams, context: Tensor | None, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Changes `x` as the sub-networks said."""
+        networks = map(self.module.get_submodule, self.networks)
+        answers = dict(zip(self.networks, map(Answer, networks, h), strict=True))
+        module = stand_in(self.module, **answers)
+        y, log_det = self._run(module, x, context, inverse != self.flip)
+        return y.to(x.dtype), per_sample(log_det, x)
+
+    def _couple(self, streams: Streams, evaluate: Evaluate, *, inverse: bool) -> Streams:
+        (x,) = streams
+        condition = Condition(self)
+        initialize(condition, x, evaluate.context)
+        h = evaluate(condition, x)
+        return evaluate(Couple(self, inverse), (x, *h))
+
+    def _step_back(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay, *, inverse: bool
+    ) -> tuple[Streams, Streams]:
+        condition, couple = Condition(self), Couple(self, inverse)
+        h, pullback = evaluate.vjp_streams(lambda ys, again: again(condition, *ys), outputs)
+        x, _ = evaluate.invert(couple, (*outputs, *h))
+        _, couple_pullback = evaluate.vjp_streams(lambda xh, again: again(couple, xh), (x, *h))
+        del h
+        dx, *dh = couple_pullback(gradients)
+        (dseen,) = pullback(dh)
+        return (x,), (dx + dseen,)
+
+
+class Steps(FlowLayer):
+    """Runs several layers that share one module.
+
+    Args:
+        module: The user's module. It is registered here alone, so it is once in a state dict.
+        steps: The layers, from data to latent.
+    """
+
+    def __init__(self, module: nn.Module, steps: Sequence[FlowLayer]) -> None:
+        super().__init__()
+        self.module = module
+        self._steps = tuple(steps)
+
+    def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        log_dets = []
+        for step in self._steps:
+            *streams, log_det = step.forward_streams(tuple(streams), evaluate)
+            log_dets.append(log_det)
+        return *streams, sum(log_dets)
+
+    def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        log_dets = []
+        for step in self._steps[::-1]:
+            *streams, log_det = step.inverse_streams(tuple(streams), evaluate)
+            log_dets.append(log_det)
+        return *streams, sum(log_dets)
+
+    def backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        *gradients, dlog_det = gradients
+        for step in self._steps[::-1]:
+            gradients = (*gradients, dlog_det)
+            outputs, gradients = step.backward_streams(outputs, gradients, evaluate)
+        return outputs, gradients
+
+    def inverse_backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        *gradients, dlog_det = gradients
+        for step in self._steps:
+            gradients = (*gradients, dlog_det)
+            outputs, gradients = step.inverse_backward_streams(outputs, gradients, evaluate)
+        return outputs, gradients
+
+
+class Part(nn.Module):
+    """Stands for a part of what a layer computes: two of the same part are equal.
+
+    Args:
+        layer: The layer, which is not registered: an evaluation keeps the state of all modules
+            that it is registered to use, and must use no others.
+    """
+
+    def __init__(self, layer: FlowLayer, *key: object) -> None:
+        super().__init__()
+        self._key = (layer, *key)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._key == self._key
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self._key))
+
+
+class Condition(Part):
+    """Stands for the sub-networks of a coupling."""
+
+    def __init__(self, layer: Coupling) -> None:
+        super().__init__(layer)
+        self.networks = nn.ModuleList(map(layer.module.get_submodule, layer.networks))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Streams:
+        return self._key[0].condition(x, context)
+
+
+class Couple(Part):
+    """Stands for what a coupling does once its sub-networks have been evaluated."""
+
+    def __init__(self, layer: Coupling, inverse: bool) -> None:
+        super().__init__(layer, inverse)
+
+    def forward(self, streams: Streams, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        layer, inverse = self._key
+        return layer.couple(streams[0], streams[1:], context, inverse=inverse)
+
+    def inverse(self, streams: Streams, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        layer, inverse = self._key
+        return layer.couple(streams[0], streams[1:], context, inverse=not inverse)
+
+
+class Backwards(nn.Module):
+    """Stands for a layer called the other way round."""
+
+    def __init__(self, layer: FlowLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.layer.inverse(z, context)
+
+
+class Answer:
+    """Stands for a sub-network that was evaluated already; it has the attributes of that."""
+
+    def __init__(self, network: nn.Module, value: Tensor) -> None:
+        self._network = network
+        self._value = value
+
+    def __call__(self, *args: object) -> Tensor:
+        return self._value.clone()  # some libraries go on to change it in place
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+def stand_in(module: nn.Module, **attributes: object) -> nn.Module:
+    """Returns a shallow copy of a module that has other attributes."""
+    copy = object.__new__(type(module))
+    copy.__dict__ = {**module.__dict__, **attributes}
+    return copy
+
+
+def initialize(module: nn.Module, x: Tensor, context: Tensor | None) -> None:
+    """Lets the ActNorm layers of normflows see the first batch before it is recorded.
+
+    They tell by a buffer whether they saw it, so an evaluation that is repeated as it was would
+    set their parameters again. This one leaves no other trace.
+    """
+    flag = "data_dep_init_done"
+    waiting = (not part.get_buffer(flag) for part in module.modules() if flag in part._buffers)
+    if any(waiting):
+        kept = {
+            name: buffer.clone()
+            for name, buffer in module.named_buffers()
+            if not name.endswith(flag)
+        }
+        args = (x,) if context is None else (x, context)
+        with torch.no_grad(), rng_set(x.device, rng_states(x.device)):
+            torch.func.functional_call(module, kept, args)
+
+
+def on_copy(
+    run: Run, module: nn.Module, x: Tensor, context: Tensor | None, inverse: bool
+) -> tuple[Tensor, Any]:
+    """Runs a module that writes to what it is given."""
+    return run(module, x.clone(), context, inverse)
+
+
+def per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
+    """Returns a log_det as [batch], where a library gives one number for all samples."""
+    return zeros(x) + torch.as_tensor(log_det, device=x.device)

@@ -1,0 +1,164 @@
+"""Runs flows of normflows, whose forward direction is from latent to data."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from revlib.autograd import is_altered
+from revlib.flows.adapters.layers import Called, Coupling, on_copy
+from revlib.flows.adapters.nflows import make_coupling
+from revlib.flows.layer import FlowLayer
+from revlib.flows.sequential import FlowSequential
+from revlib.flows.split import Split
+from revlib.streams import Streams
+
+# Flows that go from latent to data only, or back by iterating, or not to the last bit.
+NO_CHEAP_INVERSE = (
+    "AutoregressiveRationalQuadraticSpline",
+    "BatchNorm",
+    "CircularAutoregressiveRationalQuadraticSpline",
+    "HamiltonianMonteCarlo",
+    "MaskedAffineAutoregressive",
+    "MetropolisHastings",
+    "PeriodicWrap",
+    "Planar",
+    "Radial",
+    "Residual",
+)
+
+
+def from_normflows(module: nn.Module | Sequence[nn.Module]) -> FlowSequential:
+    """Makes a chain of flows of normflows, from data to latent.
+
+    That is the other way round than in normflows: the chain's `forward` is what normflows calls
+    `inverse`. The chain holds the user's own modules: training one trains the other. The
+    sub-networks of couplings are evaluated twice in a step that rebuilds, other flows three
+    times, and flows without a cheap inverse are stored.
+
+    Args:
+        module: A `NormalizingFlow`, `ConditionalNormalizingFlow`, `ClassCondFlow` or
+            `MultiscaleFlow`, whose flows are taken without the base distribution; or one flow; or
+            flows in a list, from latent to data as in normflows.
+
+    Raises:
+        TypeError: If something is no flow of normflows that goes from one tensor to one tensor.
+
+    Shape:
+        That of the flows. A context reaches the flows that take one. The latent of a
+        `MultiscaleFlow` is a tuple, of which the last was `z[0]` in normflows.
+
+    References:
+        normflows: A PyTorch Package for Normalizing Flows (Stimper et al., 2023),
+        https://arxiv.org/abs/2302.12014
+
+    Example:
+        >>> from normflows.flows import LULinearPermute
+        >>> chain = revlib.flows.adapters.from_normflows([LULinearPermute(4), LULinearPermute(4)])
+        >>> z, log_det = chain(torch.randn(3, 4))
+        >>> len(chain), z.shape, log_det.shape
+        (2, torch.Size([3, 4]), torch.Size([3]))
+    """
+    import normflows
+
+    models = normflows.NormalizingFlow, normflows.ClassCondFlow
+    if isinstance(module, normflows.MultiscaleFlow):
+        return FlowSequential(*multiscale_layers(module))
+    flows = module.flows if isinstance(module, models) else module
+    return FlowSequential(*layers(flows))
+
+
+def multiscale_layers(module: nn.Module) -> Iterator[FlowLayer]:
+    if module.transform is not None:
+        yield from layers(module.transform)
+    for level in reversed(range(len(module.flows))):
+        yield from layers(module.flows[level])
+        if level:
+            mode = module.merges[level - 1].mode
+            if mode != "channel":
+                raise ValueError(f"merges must have the mode 'channel'; got {mode!r}")
+            yield Split()
+
+
+def layers(module: object, *, flip: bool = True) -> Iterator[FlowLayer]:
+    """Yields the layers of a flow or of several: from data to latent, or not if not `flip`."""
+    import normflows
+    from normflows import flows
+    from normflows.flows.neural_spline.coupling import Coupling as SplineCoupling
+
+    if isinstance(module, list | tuple | nn.ModuleList):
+        for part in reversed(module) if flip else module:
+            yield from layers(part, flip=flip)
+        return
+    on_pairs = flows.AffineCoupling, flows.Split, flows.Merge
+    if not isinstance(module, flows.Flow) or type(module) in on_pairs:
+        raise TypeError(
+            "module must be a NormalizingFlow, ConditionalNormalizingFlow, ClassCondFlow or "
+            "MultiscaleFlow of normflows, or flows from one tensor to one tensor, such as "
+            f"AffineCouplingBlock; got {type(module).__name__}"
+        )
+    kind = None if is_altered(module) else type(module)
+    if kind is flows.Composite:
+        yield from layers(module._flows, flip=flip)
+    elif kind is flows.GlowBlock:
+        yield from layers(module.flows, flip=flip)
+    elif kind is flows.Reverse:
+        yield from layers(module.flow, flip=not flip)
+    elif kind is flows.AffineCouplingBlock:
+        yield make_affine_coupling(module, flip=flip)
+    elif kind is flows.MaskedAffineFlow:
+        networks = [name for name in ("s", "t") if name in module._modules]
+        yield Coupling(module, networks, see_masked, run, flip=flip)
+    elif kind in (
+        flows.CoupledRationalQuadraticSpline,
+        flows.CircularCoupledRationalQuadraticSpline,
+    ):
+        yield make_coupling(module.prqct, flip=not flip)
+    elif kind is not None and kind.forward is SplineCoupling.forward:
+        yield make_coupling(module, flip=flip)
+    else:
+        takes_context = len(inspect.signature(type(module).forward).parameters) > 2
+        runner = run_with_context if takes_context else run
+        yield Called(
+            module,
+            partial(on_copy, run) if isinstance(module, normflows.transforms.Shift) else runner,
+            flip=flip,
+            cheap_inverse=type(module).__name__ not in NO_CHEAP_INVERSE,
+        )
+
+
+def make_affine_coupling(block: nn.Module, *, flip: bool) -> FlowLayer:
+    split, coupling, _ = block.flows
+    see, runner = partial(see_first, split), partial(run_on_pair, split)
+    return Coupling(coupling, ["param_map"], see, runner, flip=flip)
+
+
+def see_first(split: nn.Module, module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
+    (x1, _), _ = split(x)
+    return (x1,)
+
+
+def see_masked(module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
+    return (module.b * x,)
+
+
+def run(
+    module: nn.Module, x: Tensor, context: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return module.inverse(x) if inverse else module(x)
+
+
+def run_with_context(
+    module: nn.Module, x: Tensor, context: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    args = (x,) if context is None else (x, context)
+    return module.inverse(*args) if inverse else module(*args)
+
+
+def run_on_pair(
+    split: nn.Module, module: nn.Module, x: Tensor, context: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    pair, _ = split(x)
+    pair, log_det = module.inverse(pair) if inverse else module(pair)
+    return split.inverse(pair)[0], log_det

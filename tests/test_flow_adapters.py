@@ -1,0 +1,412 @@
+"""Adapted modules compute what the user's own modules do, in memory that is flat in depth."""
+
+import copy
+import re
+import subprocess
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_cases import CASES, Network, freia_module, nflows_coupling, nflows_spline, vary
+from torch import nn
+
+from revlib.flows import Split
+from revlib.flows.adapters import from_freia, from_nflows, from_normflows
+from revlib.memory import measure_step
+
+# The libraries call functions of PyTorch that are deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.lu is deprecated"),
+    pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated"),
+]
+
+ADAPTERS = {"nflows": from_nflows, "normflows": from_normflows, "FrEIA": from_freia}
+
+
+def own(case, module, x, context, *, inverse=False):
+    """Runs a module as its own library does, from data to latent or back."""
+    x = x.clone()  # some modules write to it
+    if case.library == "FrEIA":
+        single = not hasattr(module, "module_list")
+        c = {} if context is None else {"c": [context]}
+        y, log_det = module((x,) if single else x, rev=inverse, **c)
+        y = y[0] if single else y
+    elif case.library == "nflows":
+        y, log_det = (module.inverse if inverse else module)(x, context)
+    else:
+        # A model of normflows adds up log_dets in float32.
+        flows = list(getattr(module, "flows", [module]) if hasattr(module, "q0") else [module])
+        args = () if context is None else (context,)
+        y, log_det = x, 0
+        for flow in flows if inverse else reversed(flows):
+            y, term = (flow if inverse else flow.inverse)(y, *args)
+            log_det = log_det + term
+    return y, log_det + torch.zeros(len(x), dtype=x.dtype)
+
+
+def draw(case):
+    """Draws what goes into a module of the case."""
+    x = torch.randn(case.shape, dtype=torch.double, requires_grad=True)
+    if case.context is None:
+        return x, None
+    return x, torch.randn(case.context, dtype=torch.double, requires_grad=True)
+
+
+def step(run, x, context, module):
+    """Runs a step; returns results and gradients, and the buffers it leaves."""
+    torch.manual_seed(1)
+    y, log_det = run(x, context)
+    weights = torch.linspace(1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+    loss = (weights * y.sin()).sum() + (torch.arange(1, len(y) + 1) * log_det).sum()
+    inputs = [t for t in (x, context) if t is not None]
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, [*inputs, *parameters.values()], allow_unused=True)
+    names = ["x", "context"][: len(inputs)] + list(parameters)
+    found = {f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}
+    found |= {f"buffer {n}": b.clone() for n, b in module.named_buffers()}
+    return {"output": y.detach(), "log_det": log_det.detach(), **found}
+
+
+def assert_equal(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        if want[name] is None or got[name] is None:
+            # A library may give zeros where nothing depends on a parameter, or None.
+            assert all(t is None or not t.any() for t in (got[name], want[name])), name
+        else:
+            torch.testing.assert_close(
+                got[name], want[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def cases(condition=lambda case: True):
+    chosen = [name for name, case in CASES.items() if condition(case)]
+    return pytest.mark.parametrize("name", chosen)
+
+
+def make(name):
+    case = CASES[name]
+    pytest.importorskip(case.library)
+    return case, vary(case.make())
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@cases()
+def test_results_and_gradients_are_those_of_the_users_module(name, inverse):
+    case, module = make(name)
+    reference = copy.deepcopy(module)
+    chain = ADAPTERS[case.library](module)
+    x, context = draw(case)
+    if inverse:
+        with torch.no_grad():
+            x = own(case, copy.deepcopy(module).eval(), x, context)[0].requires_grad_()
+
+    want = step(lambda x, c: own(case, reference, x, c, inverse=inverse), x, context, reference)
+    got = step(chain.inverse if inverse else chain, x, context, module)
+
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@cases(lambda case: case.evaluations)
+def test_each_network_is_evaluated_so_often(name, inverse):
+    case, module = make(name)
+    chain = ADAPTERS[case.library](module)
+    x, context = draw(case)
+
+    step(chain.inverse if inverse else chain, x, context, module)
+
+    networks = [part for part in module.modules() if isinstance(part, Network)]
+    assert [network.evaluations for network in networks] == [case.evaluations] * len(networks)
+
+
+def plain_chain(kind, depth):
+    """Returns a model of so many couplings as its own library puts it together."""
+    net = {"plain": True, "context": 0, "hidden": 64}
+    if kind.startswith("nflows"):
+        transforms = pytest.importorskip("nflows.transforms")
+        coupling, options = nflows_coupling, {}
+        if kind == "nflows-spline":
+            # Elements beyond the bound would take less memory, in some layers more than in others.
+            coupling, options = nflows_spline, {"tail_bound": 1000.0}
+        return from_nflows(
+            transforms.CompositeTransform(
+                [coupling(mask=(1, 0) * 8, net=net, **options) for _ in range(depth)]
+            )
+        )
+    if kind == "normflows":
+        nf = pytest.importorskip("normflows")
+        blocks = [
+            nf.flows.AffineCouplingBlock(Network(8, 16, **net), split_mode=mode)
+            for mode in ("channel", "channel_inv") * (depth // 2)
+        ]
+        return from_normflows(nf.NormalizingFlow(nf.distributions.DiagGaussian(16), blocks))
+    ff = pytest.importorskip("FrEIA.framework")
+    modules = pytest.importorskip("FrEIA.modules")
+    sequence = ff.SequenceINN(16)
+    for _ in range(depth):
+        sequence.append(
+            getattr(modules, kind), subnet_constructor=lambda i, o: Network(i, o, **net)
+        )
+    return from_freia(sequence)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize(
+    "kind", ["nflows-affine", "nflows-spline", "normflows", "GLOWCouplingBlock", "AllInOneBlock"]
+)
+def test_peak_memory_does_not_grow_with_depth(kind, inverse, monkeypatch):
+    # The peak needs no hooks, under which what nflows writes in place keeps itself alive.
+    monkeypatch.setattr("revlib.memory.saved_tensors_hooks", lambda *_: nullcontext())
+
+    def peak(depth):
+        chain = plain_chain(kind, depth)
+        run = chain.inverse if inverse else chain
+        x = torch.randn(32, 16)
+
+        def step():
+            y, log_det = run(x)
+            (y.sum() + log_det.sum()).backward()
+
+        return measure_step(step, model=chain).peak.activations
+
+    assert peak(depth=8) == peak(depth=2)
+
+
+@cases()
+def test_parameters_are_the_users_own_and_once_in_the_state_dict(name):
+    case, module = make(name)
+
+    chain = ADAPTERS[case.library](module)
+
+    assert held(chain) == held(module)
+
+
+def held(module):
+    """Counts how often each parameter is in the state dict, but for a base distribution's."""
+    return Counter(
+        id(tensor)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, nn.Parameter) and not name.startswith("q0.")
+    )
+
+
+def test_a_copy_of_a_chain_has_modules_of_its_own():
+    case, module = make("freia-AllInOneBlock")
+    chain = from_freia(module)
+    x, context = draw(case)
+    twin = copy.deepcopy(chain)
+    want = twin(x, context)[0].detach()
+
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    torch.manual_seed(1)
+    twin.eval()
+    chain.eval()
+
+    assert not torch.equal(chain(x, context)[0], twin(x, context)[0])
+    assert want.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nflows-actnorm", "normflows-actnorm", "freia-actnorm", "normflows-glow-actnorm"],
+)
+def test_actnorm_takes_its_parameters_from_the_first_batch_alone(name):
+    case, module = make(name)
+    chain = ADAPTERS[case.library](module)
+    x, _ = draw(case)
+    z, _ = chain(x)
+    first = copy.deepcopy(module.state_dict())
+
+    # In backward the modules see other values: those of the gradient's own pass.
+    z.square().sum().backward()
+    chain(3 * x + 1)[0].sum().backward()
+
+    assert any(not torch.equal(p, torch.zeros_like(p)) for p in module.parameters())
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, first[key]), key
+
+
+def test_actnorm_of_nflows_is_not_set_by_a_backward_pass_through_its_inverse():
+    _, module = make("nflows-actnorm")
+    chain = from_nflows(module)
+
+    chain.inverse(torch.randn(6, 5, dtype=torch.double))[0].sum().backward()
+
+    assert not module.initialized
+
+
+def test_batch_norm_of_nflows_trains():
+    transforms = pytest.importorskip("nflows.transforms")
+    module = vary(transforms.BatchNorm(5))
+    reference = copy.deepcopy(module)
+    x = torch.randn(6, 5, dtype=torch.double, requires_grad=True)
+
+    want = step(lambda x, c: reference(x), x, None, reference)
+    got = step(from_nflows(module), x, None, module)
+
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nflows MaskedAffineAutoregressiveTransform", {"features": 4, "hidden_features": 8}),
+        ("nflows LULinear", {"features": 4, "using_cache": True}),
+        ("normflows Planar", {"shape": (4,)}),
+        ("normflows MaskedAffineAutoregressive", {"features": 4, "hidden_features": 8}),
+        ("FrEIA IResNetLayer", {"dims_in": [(4,)]}),
+    ],
+)
+def test_what_has_no_cheap_inverse_is_stored(name, options):
+    library, kind = name.split()
+    place = {"nflows": "transforms", "normflows": "flows", "FrEIA": "modules"}[library]
+    module = getattr(pytest.importorskip(f"{library}.{place}"), kind)(**options)
+
+    chain = ADAPTERS[library](module)
+
+    assert chain.policies() == ["store"]
+
+
+def test_planar_flows_of_normflows_train_on_samples():
+    flows = pytest.importorskip("normflows.flows")
+    module = vary(flows.Planar((4,)))
+    reference = copy.deepcopy(module)
+    z = torch.randn(6, 4, dtype=torch.double, requires_grad=True)
+
+    want = step(lambda z, c: reference(z), z, None, reference)
+    got = step(from_normflows(module).inverse, z, None, module)
+
+    assert_equal(got, want)
+
+
+def test_a_multiscale_flow_of_normflows_becomes_a_chain_with_splits():
+    nf = pytest.importorskip("normflows")
+    merges = [nf.flows.Merge()]
+    flows = [
+        [nf.flows.GlowBlock(8, 6), nf.flows.Squeeze()],
+        [nf.flows.GlowBlock(4, 6), nf.flows.Squeeze()],
+    ]
+    bases = [nf.distributions.DiagGaussian((8, 2, 2)), nf.distributions.DiagGaussian((2, 4, 4))]
+    transform = nf.transforms.Shift()
+    module = vary(nf.MultiscaleFlow(bases, flows, merges, transform, class_cond=False)).eval()
+    x = torch.randn(3, 1, 8, 8, dtype=torch.double)
+    chain = from_normflows(module)
+
+    latents, log_det = chain(x.clone())
+    again, _ = chain.inverse(latents)
+
+    want, want_log_det = module.inverse_and_log_det(x.clone())
+    assert sum(isinstance(layer, Split) for layer in chain) == 1
+    for got, latent in zip(latents, want[::-1], strict=True):
+        torch.testing.assert_close(got, latent)
+    torch.testing.assert_close(log_det, want_log_det)
+    torch.testing.assert_close(again, x)
+
+
+def test_a_flow_of_nflows_gives_its_transform():
+    flows = pytest.importorskip("nflows.flows")
+    coupling = nflows_coupling()
+    flow = flows.Flow(coupling, nn.Identity())
+
+    (layer,) = from_nflows(flow)
+
+    assert layer.module is coupling
+
+
+def test_a_flow_of_nflows_that_embeds_its_context_is_refused():
+    flows = pytest.importorskip("nflows.flows")
+    flow = flows.Flow(nflows_coupling(), nn.Identity(), embedding_net=nn.Linear(3, 3))
+
+    with pytest.raises(ValueError, match=r"does not embed its context.*got a flow with Linear"):
+        from_nflows(flow)
+
+
+@pytest.mark.parametrize("library", ADAPTERS)
+def test_anything_else_is_refused(library):
+    pytest.importorskip(library)
+
+    with pytest.raises(TypeError, match=rf"module must be a .* of {library}.*; got Linear"):
+        ADAPTERS[library](nn.Linear(2, 2))
+
+
+def test_flows_of_normflows_that_take_pairs_are_refused():
+    nf = pytest.importorskip("normflows")
+
+    with pytest.raises(TypeError, match="such as AffineCouplingBlock; got Split"):
+        from_normflows([nf.flows.Split()])
+
+
+def test_a_multiscale_composite_of_nflows_is_refused():
+    transforms = pytest.importorskip("nflows.transforms")
+
+    with pytest.raises(TypeError, match=r"from its parts with revlib\.flows\.Split"):
+        from_nflows(transforms.MultiscaleCompositeTransform(2))
+
+
+def test_modules_of_freia_with_several_tensors_are_refused():
+    modules = pytest.importorskip("FrEIA.modules")
+
+    with pytest.raises(ValueError, match="from one tensor to one tensor; Split does not"):
+        from_freia(modules.Split([(4,)]))
+
+
+def test_several_conditions_of_freia_are_refused():
+    modules = pytest.importorskip("FrEIA.modules")
+    block = modules.GLOWCouplingBlock([(4,)], [(3,), (2,)], subnet_constructor=Network)
+
+    with pytest.raises(ValueError, match=r"must share one condition.*got 2"):
+        from_freia(block)
+
+
+def test_a_missing_condition_of_freia_is_named():
+    pytest.importorskip("FrEIA")
+    chain = from_freia(freia_module("GLOWCouplingBlock", (5,), (3,)))
+
+    with pytest.raises(ValueError, match="GLOWCouplingBlock has a condition"):
+        chain(torch.randn(6, 5))
+
+
+def test_a_module_with_hooks_is_called_whole():
+    pytest.importorskip("nflows")
+    coupling = nflows_coupling()
+    seen = []
+    coupling.register_forward_hook(lambda *_: seen.append(1))
+
+    chain = from_nflows(coupling)
+    chain(torch.randn(6, 5), torch.randn(6, 3))
+
+    assert seen == [1]
+
+
+@pytest.mark.slow
+def test_importing_flows_imports_no_other_library():
+    code = (
+        "import sys, revlib.flows.adapters; "
+        "print([name for name in ('nflows', 'normflows', 'FrEIA') if name in sys.modules])"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+
+    assert result.stdout.strip() == "[]"
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
+
+
+@pytest.mark.parametrize("library", ADAPTERS)
+def test_the_examples_on_the_page_run(library):
+    pytest.importorskip(library)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    chosen = [block for block in blocks if re.search(rf"^(from|import) {library}\b", block, re.M)]
+
+    assert chosen
+    for block in chosen:
+        exec(compile(block, PAGE.name, "exec"), {})
