@@ -75,10 +75,11 @@ gpu:
 	@$(PY) -c 'import os, revlib.kernels as k; assert os.path.samefile(*k.__path__, "kernels")' \
 		2>/dev/null || $(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 
-$(INSTALLED): requirements-dev.txt pyproject.toml
+$(INSTALLED): requirements-dev.txt tests/peers.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "revlib needs Python >= 3.11, and $(PYTHON) is not: try make install PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps --requirement tests/peers.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
