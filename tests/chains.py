@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential
+from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential, flows
 
 
 class Rotation(InvertibleModule):
@@ -57,13 +57,30 @@ class Drift(nn.Module):
 class Conditioned(nn.Module):
     """A sub-network that takes a context."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, c_in: int, c_out: int | None = None) -> None:
         super().__init__()
-        self.x = nn.Linear(features, features)
-        self.context = nn.Linear(3, features)
+        self.x = nn.Linear(c_in, c_out or c_in)
+        self.context = nn.Linear(3, c_out or c_in)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return (self.x(x) + self.context(context)).tanh()
+
+
+class Stretch(flows.FlowLayer):
+    """A layer of a flow with a parameter, that supplies forward and inverse alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x * self.log_factor.exp(), self._log_det(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z * (-self.log_factor).exp(), -self._log_det(z)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return (self.log_factor * x[0].numel()).expand(len(x))
 
 
 def mlp(c_in: int, c_out: int | None = None) -> nn.Module:
@@ -92,9 +109,35 @@ def spectral() -> AdditiveCoupling:
     return AdditiveCoupling(spectral_norm(nn.Linear(3, 3)), spectral_norm(nn.Linear(3, 3)))
 
 
+def affine(net: nn.Module, **options: object) -> flows.AffineCoupling:
+    return flows.AffineCoupling(net, **options)
+
+
+def glow_step(channels: int, dropout: float = 0.0) -> list[flows.FlowLayer]:
+    half = channels // 2
+    return [
+        flows.ActNorm(channels),
+        flows.InvertibleConv1x1(channels),
+        affine(conv(half, 2 * half, dropout=dropout), scale="sigmoid"),
+    ]
+
+
+def multi_scale(dropout: float = 0.0) -> list[flows.FlowLayer]:
+    return [
+        flows.Squeeze(),
+        *glow_step(8, dropout),
+        flows.Split(nn.Conv2d(4, 8, 1)),
+        flows.ActNormConv1x1(4),
+        flows.Split(),
+        flows.AdditiveCoupling(nn.Conv2d(1, 1, 1)),
+    ]
+
+
 @dataclass(frozen=True)
 class Case:
     """A chain and the shape of its input, or the shapes of a pair."""
+
+    kind = ReversibleSequential
 
     blocks: Callable[[], list[nn.Module]]
     shape: tuple
@@ -107,7 +150,11 @@ class Case:
 
     def make(self, device: torch.device | str = "cpu") -> ReversibleSequential:
         torch.manual_seed(0)
-        return ReversibleSequential(*self.blocks(), policy=self.policy).double().to(device)
+        return self.kind(*self.blocks(), policy=self.policy).double().to(device)
+
+    def stream_of(self, result: tuple | Tensor) -> tuple | Tensor:
+        """Returns the stream of what the chain returned: what its inverse takes."""
+        return result
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple:
         """Returns the arguments for the chain: leaves that require grad."""
@@ -119,6 +166,15 @@ class Case:
 
         x = tuple(map(leaf, self.shape)) if self.takes_pair else leaf(self.shape)
         return (x,) if self.context is None else (x, leaf(self.context))
+
+
+class FlowCase(Case):
+    """A chain of a flow, which returns (z, log_det)."""
+
+    kind = flows.FlowSequential
+
+    def stream_of(self, result: tuple) -> tuple | Tensor:
+        return result[0]
 
 
 MIXED = ["rebuild", "store", "recompute", "rebuild", "recompute", "store"]
@@ -160,19 +216,72 @@ CASES = {
         (5, 6),
         ["rebuild", "rebuild", "store", "rebuild", "recompute", "rebuild"],
     ),
+    "flow": FlowCase(lambda: [affine(mlp(3, 6), flip=i % 2 == 1) for i in range(3)], (5, 6)),
+    "flow-context": FlowCase(
+        lambda: [affine(Conditioned(3, 6)), Stretch(), affine(Conditioned(3, 6), flip=True)],
+        (5, 6),
+        context=(5, 3),
+    ),
+    "flow-spline-checkerboard": FlowCase(
+        lambda: [
+            affine(conv(3, 6), mask="checkerboard"),
+            flows.Permutation.reverse(3),
+            flows.SplineCoupling(conv(2, 8), bins=3),
+            flows.SplineCoupling(conv(3, 24), bins=3, mask="checkerboard", flip=True),
+        ],
+        (2, 3, 4, 2),
+    ),
+    "flow-nested": FlowCase(
+        lambda: [
+            flows.FlowSequential(flows.ActNorm(6), Stretch(), flows.Split(mlp(3, 6))),
+            flows.FlowSequential(flows.MultiplicativeCoupling(mlp(2, 1)), policy="recompute"),
+            flows.Inverse(affine(mlp(2, 2))),
+            flows.DiagonalScaling((3,)),
+        ],
+        (5, 6),
+    ),
+    "flow-multi-scale": FlowCase(multi_scale, (3, 2, 4, 4)),
+    "flow-stored": FlowCase(lambda: multi_scale(0.4), (3, 2, 4, 4), "store"),
+    "flow-recomputed": FlowCase(lambda: multi_scale(0.4), (3, 2, 4, 4), "recompute"),
+    "flow-mixed": FlowCase(
+        lambda: multi_scale(0.4),
+        (3, 2, 4, 4),
+        [*MIXED[::-1], "recompute", "rebuild"],
+    ),
 }
 
 
-def over(*, without: Callable[[Case], bool] = lambda case: False) -> pytest.MarkDecorator:
-    """Runs a test over all cases but those that `without` tells."""
-    cases = {name: case for name, case in CASES.items() if not without(case)}
-    return pytest.mark.parametrize("case", cases.values(), ids=cases)
+def over(
+    *, without: Callable[[Case], bool] = lambda case: False, failing: dict[str, str] | None = None
+) -> pytest.MarkDecorator:
+    """Runs a test over all cases but those that `without` tells; `failing` says why some fail."""
+    failing = failing or {}
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=[pytest.mark.xfail(reason=failing[name])])
+            if name in failing
+            else pytest.param(case, id=name)
+            for name, case in CASES.items()
+            if not without(case)
+        ],
+    )
 
 
 every_case = over()
+every_case_that_survives_autocast = over(
+    failing=dict.fromkeys(
+        ["flow", "flow-context", "flow-spline-checkerboard", "flow-nested", "flow-multi-scale"],
+        "the reference of a coupling computes scales in bfloat16, and cannot undo them",
+    )
+)
 every_invertible_case = over(without=lambda case: case is CASES["mixed-blocks"])
 # nn.Sequential passes one tensor.
+every_sequential_case = over(
+    without=lambda case: case.context or case.takes_pair or isinstance(case, FlowCase)
+)
 every_single_stream_case = over(without=lambda case: case.context or case.takes_pair)
+every_flow_case = over(without=lambda case: not isinstance(case, FlowCase))
 # torch's checkpoint does not itself replay buffers.
 every_checkpointable_case = over(
     without=lambda case: any(

@@ -20,10 +20,12 @@ from chains import (
     coupling,
     dropping,
     every_case,
+    every_case_that_survives_autocast,
     every_checkpointable_case,
     every_invertible_case,
     every_picklable_case,
     every_rebuilt_case,
+    every_sequential_case,
     every_single_stream_case,
     every_trainable_case,
     mlp,
@@ -31,6 +33,7 @@ from chains import (
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from revlib import AdditiveCoupling, ReversibleSequential
@@ -38,12 +41,11 @@ from revlib import AdditiveCoupling, ReversibleSequential
 Gradients = dict[str, Tensor | None]
 
 
-def loss_of(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+def loss_of(y: Tensor | tuple) -> Tensor:
     """A loss whose gradient differs from element to element and depends on the output."""
-    parts = y if isinstance(y, tuple) else (y,)
     return sum(
         (part.sin() * torch.linspace(1, 2, part.numel()).to(part).view_as(part)).sum()
-        for part in parts
+        for part in tree_leaves(y)
     )
 
 
@@ -75,7 +77,7 @@ def assert_same(got: Gradients, want: Gradients, rtol: float = 1e-10) -> None:
     for name in want:
         assert (got[name] is None) == (want[name] is None), name
         if want[name] is not None and want[name].numel():
-            scale = want[name].abs().max().item()
+            scale = want[name].double().abs().max().item()
             torch.testing.assert_close(
                 got[name], want[name], rtol=0, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -116,8 +118,8 @@ def test_gradients_through_inverse_equal_the_stored_runs(case, device):
     chain, stored = case.make(device), stored_twin(case.make(device))
     args = case.inputs(device)
     with torch.no_grad():
-        outputs = case.make(device)(*args)
-    args = (torch.utils._pytree.tree_map(lambda y: y.clone().requires_grad_(), outputs), *args[1:])
+        y = case.stream_of(case.make(device)(*args))
+    args = (torch.utils._pytree.tree_map(lambda y: y.clone().requires_grad_(), y), *args[1:])
     stored_args = copy.deepcopy(args)
 
     got, want = step(chain, args, chain.inverse), step(stored, stored_args, stored.inverse)
@@ -125,7 +127,7 @@ def test_gradients_through_inverse_equal_the_stored_runs(case, device):
     assert_same(got, want)
 
 
-@every_single_stream_case
+@every_sequential_case
 def test_values_equal_nn_sequentials(case, device):
     chain = case.make(device)
     plain = nn.Sequential(*copy.deepcopy(chain))
@@ -275,7 +277,7 @@ def autocast_error(
     )
 
 
-@every_case
+@every_case_that_survives_autocast
 def test_autocast_gradients_equal_those_of_the_stored_autocast_run(case, device):
     chain = case.make(device).float()
     stored = stored_twin(case.make(device)).float()
@@ -318,9 +320,10 @@ def test_backward_inside_the_autocast_region(device):
 def test_in_place_edit_of_the_output_raises_unlike_memcnn_and_revtorch(case, device):
     chain = case.make(device)
     y = chain(*case.inputs(device))
-    loss = loss_of(y)
+    # A linear loss keeps nothing of the output: the chain itself has to notice.
+    loss = sum(part.sum() for part in tree_leaves(y))
     with torch.no_grad():
-        (y[0] if isinstance(y, tuple) else y).mul_(2)
+        tree_leaves(case.stream_of(y))[-1].mul_(2)
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -355,13 +358,13 @@ def test_skip_connection_and_inplace_relu_before_and_input_used_elsewhere_unlike
 def test_callers_input_is_never_written_to_or_freed(case, device):
     chain, args = case.make(device), case.inputs(device)
     before = copy.deepcopy(args)
-    versions = [x._version for x in torch.utils._pytree.tree_leaves(args)]
+    versions = [x._version for x in tree_leaves(args)]
 
     step(chain, args)
 
-    for now, then in zip(*map(torch.utils._pytree.tree_leaves, (args, before)), strict=True):
+    for now, then in zip(*map(tree_leaves, (args, before)), strict=True):
         assert torch.equal(now, then)
-    assert [x._version for x in torch.utils._pytree.tree_leaves(args)] == versions
+    assert [x._version for x in tree_leaves(args)] == versions
 
 
 @every_case
@@ -428,7 +431,7 @@ def test_retain_graph_and_a_second_backward_give_the_same_gradients(case, device
     loss = loss_of(chain(*args))
     loss.backward(retain_graph=True)
     first = {n: None if g is None else g.clone() for n, g in gradients_of(chain, args).items()}
-    for leaf in (*torch.utils._pytree.tree_leaves(args), *chain.parameters()):
+    for leaf in (*tree_leaves(args), *chain.parameters()):
         leaf.grad = None
 
     loss.backward()
@@ -440,10 +443,10 @@ def test_retain_graph_and_a_second_backward_give_the_same_gradients(case, device
 def test_double_backward_raises_however_linear_the_loss(case, device):
     chain, args = case.make(device), case.inputs(device)
     y = chain(*args)
-    first = y[0] if isinstance(y, tuple) else y
+    first = tree_leaves(y)[0]
 
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice .*policy='store'"):
-        torch.autograd.grad(first.sum(), torch.utils._pytree.tree_leaves(args), create_graph=True)
+        torch.autograd.grad(first.sum(), tree_leaves(args), create_graph=True)
 
 
 @every_case
@@ -481,8 +484,9 @@ def test_no_grad_and_inference_mode_give_the_same_values_unlike_reformer(case, m
     torch.manual_seed(2)
     want = chain(*case.inputs(device))
 
-    for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (got, want)), strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        # Where gradients are recorded, torch.matmul may round otherwise.
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-14)
         assert not a.requires_grad
 
 
@@ -947,9 +951,9 @@ def test_batch_of_zero(name, device):
     )
 
     y = chain(x)
-    sum(part.sum() for part in (y if isinstance(y, tuple) else (y,))).backward()
+    sum(part.sum() for part in tree_leaves(y)).backward()
 
-    for leaf in torch.utils._pytree.tree_leaves(x):
+    for leaf in tree_leaves(x):
         assert leaf.grad.shape == leaf.shape
     assert not any(p.grad.any() for p in chain.parameters() if p.grad is not None)
 
