@@ -14,11 +14,11 @@ from rich.console import Console
 from typer import Option
 
 from revlib import __version__
-from revlib.models import model_names
+from revlib.train import points
 from revlib.train.display import progress_bar, result_table
 from revlib.train.errors import CheckpointError, InputError, Interrupted, NonFiniteError
 from revlib.train.loop import train
-from revlib.train.settings import POLICIES, PRECISIONS, Settings
+from revlib.train.settings import MODELS, POLICIES, PRECISIONS, Settings
 
 app = typer.Typer(
     help="Reversible networks for PyTorch.",
@@ -57,23 +57,52 @@ def revlib(
 @app.command("train")
 def train_command(
     data: Annotated[
-        str, Option(help="`digits`, an .npz file as Keras writes it, or a folder by class.")
+        str,
+        Option(
+            help="`digits`, an .npz file as Keras writes it, or a folder by class; a flow also "
+            f"takes an .npz file without labels or of vectors, {', '.join(points.NAMES)}."
+        ),
     ],
     out: Annotated[Path, Option(help="The folder of the run.")],
-    model: Annotated[str, Option(help=f"{', '.join(model_names())}.")] = Settings.model,
-    policy: Annotated[str, Option(help=f"For a revnet: {', '.join(POLICIES)}.")] = Settings.policy,
-    dropout: Annotated[float, Option(help="Share of activations to drop.")] = Settings.dropout,
-    epochs: Annotated[int, Option(help="Times to see every training image.")] = Settings.epochs,
+    model: Annotated[str, Option(help=f"{', '.join(MODELS)}.")] = Settings.model,
+    policy: Annotated[
+        str, Option(help=f"For a revnet or a flow: {', '.join(POLICIES)}.")
+    ] = Settings.policy,
+    dropout: Annotated[
+        float, Option(help="For a classifier: share of activations to drop.")
+    ] = Settings.dropout,
+    levels: Annotated[
+        int | None, Option(help="For a flow of images: scales.", show_default="as many as fit")
+    ] = Settings.levels,
+    flow_steps: Annotated[
+        int | None,
+        Option(
+            help="For a flow: steps per level, or couplings of a nice or realnvp.",
+            show_default="the paper's; 8 for vectors",
+        ),
+    ] = Settings.flow_steps,
+    hidden: Annotated[
+        int | None,
+        Option(
+            help="For a flow: width of its networks.", show_default="the paper's; 64 for vectors"
+        ),
+    ] = Settings.hidden,
+    epochs: Annotated[int, Option(help="Times to see every training sample.")] = Settings.epochs,
     batch_size: Annotated[
-        int, Option(help="Images per step, over all processes and parts.")
+        int, Option(help="Samples per step, over all processes and parts.")
     ] = Settings.batch_size,
-    lr: Annotated[float, Option(help="Peak learning rate.")] = Settings.lr,
-    weight_decay: Annotated[float, Option(help="L2 penalty.")] = Settings.weight_decay,
+    lr: Annotated[
+        float | None, Option(help="Peak learning rate.", show_default="0.1; 0.001 for a flow")
+    ] = Settings.lr,
+    weight_decay: Annotated[
+        float | None, Option(help="L2 penalty.", show_default="0.0001; 0 for a flow")
+    ] = Settings.weight_decay,
     image_size: Annotated[
         int | None, Option(help="Resize the images of a folder to squares.")
     ] = Settings.image_size,
     augment: Annotated[
-        bool, Option("--augment", help="Random crops (border 4) and mirror images.")
+        bool,
+        Option("--augment", help="For a classifier: random crops (border 4) and mirror images."),
     ] = Settings.augment,
     seed: Annotated[int, Option(help="Of everything random.")] = Settings.seed,
     mixed_precision: Annotated[
@@ -85,10 +114,17 @@ def train_command(
     checkpoint_every: Annotated[
         int, Option(help="Steps between checkpoints; each epoch ends with one.")
     ] = Settings.checkpoint_every,
+    picture_every: Annotated[
+        int | None,
+        Option(
+            help="For a flow: steps between pictures; the run ends with some.",
+            show_default="at the end only",
+        ),
+    ] = Settings.picture_every,
     resume: Annotated[bool, Option("--resume", help="Go on with the run in --out.")] = False,
     quiet: Annotated[bool, Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
-    """Trains a classifier on labelled images.
+    """Trains a classifier on labelled images, or a flow on images or vectors.
 
     Ctrl-C and SIGTERM write a checkpoint and leave; `--resume` goes on to the same result.
 
@@ -102,6 +138,9 @@ def train_command(
             model=model,
             policy=policy,
             dropout=dropout,
+            levels=levels,
+            flow_steps=flow_steps,
+            hidden=hidden,
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
@@ -112,6 +151,7 @@ def train_command(
             mixed_precision=mixed_precision,
             accumulate=accumulate,
             checkpoint_every=checkpoint_every,
+            picture_every=picture_every,
         )
         if quiet or not _is_main_process():
             train(settings, resume=resume)

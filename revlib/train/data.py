@@ -5,9 +5,8 @@ batch by batch, so that the images take no more memory than their file.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,26 +52,11 @@ def load_data(source: str, *, image_size: int | None = None) -> Images:
         >>> images.x_train.shape, images.x_test.shape, images.classes
         (torch.Size([1437, 1, 8, 8]), torch.Size([360, 1, 8, 8]), 10)
     """
-    arrays = _read(source, image_size)
+    arrays = sources.read(source, image_size, {"digits": sources.read_digits})
     try:
         return images_from_arrays(arrays)
     except InputError as error:
         raise InputError(f"{error.argument} of {source}", error.rule, error.value) from None
-
-
-def _read(source: str, image_size: int | None) -> sources.Arrays:
-    path = Path(source)
-    is_folder = source != "" and path.is_dir()  # Path("") is the current folder.
-    if image_size is not None and not is_folder:
-        raise InputError("image_size", "is for a folder of images", f"data {source}")
-    if source == "digits":
-        return sources.read_digits()
-    if is_folder:
-        return sources.read_folder(path, image_size)
-    if path.is_file():
-        return sources.read_npz(path)
-    rule = "must be digits, an .npz file or a folder of images"
-    raise InputError("data", rule, f"{source!r}, where there is none")
 
 
 def images_from_arrays(arrays: Mapping[str, np.ndarray]) -> Images:
@@ -82,10 +66,24 @@ def images_from_arrays(arrays: Mapping[str, np.ndarray]) -> Images:
         arrays: `x_train` and `x_test`, `[N, H, W]` or `[N, H, W, C]`, uint8 or floating point;
             `y_train` and `y_test`, `[N]` or `[N, 1]`, whole numbers from 0 up.
     """
-    missing = [name for name in sources.NAMES if name not in arrays]
+    check_names(arrays, sources.NAMES)
+    x_train, x_test = read_pixels(arrays)
+    y_train = _labels("y_train", arrays["y_train"], len(x_train))
+    y_test = _labels("y_test", arrays["y_test"], len(x_test))
+    classes = _count_classes(y_train, y_test)
+    tensors = (x_train, y_train, x_test, y_test)
+    return Images(*tensors, *_mean_and_std(x_train), classes, fingerprint(tensors))
+
+
+def check_names(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
+    """Refuses arrays of which one is missing."""
+    missing = [name for name in names if name not in arrays]
     if missing:
-        rule = f"must be {', '.join(sources.NAMES)}"
-        raise InputError("arrays", rule, f"no {', '.join(missing)}")
+        raise InputError("arrays", f"must be {', '.join(names)}", f"no {', '.join(missing)}")
+
+
+def read_pixels(arrays: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Checks the images of `x_train` and `x_test`, and returns them as `[N, C, H, W]`."""
     x_train, x_test = (_pixels(name, arrays[name]) for name in ("x_train", "x_test"))
     if x_test.dtype != x_train.dtype:
         rule = f"must hold {arrays['x_train'].dtype} like x_train, with the same range"
@@ -93,11 +91,16 @@ def images_from_arrays(arrays: Mapping[str, np.ndarray]) -> Images:
     if x_test.shape[1:] != x_train.shape[1:]:
         rule = f"must hold images [C, H, W] like x_train's {list(x_train.shape[1:])}"
         raise InputError("x_test", rule, list(x_test.shape[1:]))
-    y_train = _labels("y_train", arrays["y_train"], len(x_train))
-    y_test = _labels("y_test", arrays["y_test"], len(x_test))
-    classes = _count_classes(y_train, y_test)
-    tensors = (x_train, y_train, x_test, y_test)
-    return Images(*tensors, *_mean_and_std(x_train), classes, _fingerprint(tensors))
+    return x_train, x_test
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> str:
+    """Returns a checksum of what tensors hold."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()[:16]
 
 
 def _pixels(name: str, array: np.ndarray) -> Tensor:
@@ -152,11 +155,3 @@ def _mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
     squares = ((piece.double() - mean[:, None, None]).square() for piece in pieces)
     std = (sum(square.sum((0, 2, 3)) for square in squares) / count).sqrt()
     return mean.float(), torch.where(std > 0, std, 1).float()
-
-
-def _fingerprint(tensors: tuple[Tensor, ...]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy())
-    return digest.hexdigest()[:16]

@@ -13,10 +13,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file by one with this text."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the file by one with this content."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content)
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)

@@ -1,12 +1,24 @@
 """What defines a training run, checked once, when it is made."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from revlib.models import model_names
 from revlib.train.errors import InputError
 
+FLOWS = ("nice", "realnvp", "glow", "spline_flow")
+MODELS = (*model_names(), *FLOWS)
+# The settings that only some models have.
+CHOICES = {
+    "policy": [model for model in MODELS if not model.startswith("resnet")],
+    "dropout": model_names(),
+    "augment": model_names(),
+    "levels": [model for model in FLOWS if model != "nice"],
+    "flow_steps": FLOWS,
+    "hidden": FLOWS,
+    "picture_every": FLOWS,
+}
 POLICIES = ("rebuild", "store", "recompute")
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -16,22 +28,34 @@ class Settings:
     """The settings of one training run; the fields are the options of `revlib train`.
 
     Args:
-        data: `digits`, the path of an `.npz` file, or the path of a folder of images by class.
-        out: The folder of the run: checkpoints, `metrics.jsonl` and `summary.json`.
-        model: One of `revlib.models.model_names()`.
-        policy: How a RevNet gets its activations back; the ResNets have no choice.
-        dropout: The share of activations that is dropped.
-        epochs: How often every training image is seen.
-        batch_size: Images per optimizer step, over all processes and accumulated parts together.
-        lr: The peak learning rate, reached after a linear warmup and left along a cosine.
-        weight_decay: The L2 penalty on every parameter.
+        data: `digits`, the path of an `.npz` file, or the path of a folder of images by class; for
+            a flow also the name of a set of points, such as `two_moons`.
+        out: The folder of the run: checkpoints, `metrics.jsonl`, `summary.json` and `pictures`.
+        model: One of `revlib.models.model_names()`, or a flow: `nice`, `realnvp`, `glow` or
+            `spline_flow`.
+        policy: How a RevNet or a flow gets its activations back; the ResNets have no choice.
+        dropout: The share of activations that is dropped, in a classifier.
+        levels: The scales of a flow for images; by default the model's own number, or as many as
+            the images can be halved.
+        flow_steps: The steps of each level of a Glow or a spline flow, and the couplings of a NICE
+            or of a RealNVP for vectors.
+        hidden: The width of a flow's conditioners.
+        epochs: How often every training sample is seen.
+        batch_size: Samples per optimizer step, over all processes and accumulated parts together.
+        lr: The peak learning rate, reached after a linear warmup and left along a cosine; by
+            default 0.1 for a classifier and 0.001 for a flow.
+        weight_decay: The L2 penalty on every parameter; by default 1e-4 for a classifier and 0
+            for a flow.
         image_size: Resizes the images of a folder to squares of this size.
-        augment: Whether to crop at random out of a 4-pixel border and mirror every other image.
-        seed: Fixes the weights at the start, the order of the images and every random draw.
+        augment: Whether to crop at random out of a 4-pixel border and mirror every other image,
+            for a classifier.
+        seed: Fixes the weights at the start, the order of the samples and every random draw.
         mixed_precision: `no`, `bf16` or `fp16`.
         accumulate: In how many parts, one after another, a process works through its share of a
             batch: more parts need less memory.
         checkpoint_every: Optimizer steps between two checkpoints; the end of an epoch adds one.
+        picture_every: Optimizer steps between two sets of pictures of what a flow has learned; the
+            end of the run adds one.
 
     Example:
         >>> Settings(data="digits", out=Path("runs/digits"), epochs=0)
@@ -44,28 +68,37 @@ class Settings:
     model: str = "revnet38"
     policy: str = "rebuild"
     dropout: float = 0.0
+    levels: int | None = None
+    flow_steps: int | None = None
+    hidden: int | None = None
     epochs: int = 30
     batch_size: int = 128
-    lr: float = 0.1
-    weight_decay: float = 1e-4
+    lr: float | None = None
+    weight_decay: float | None = None
     image_size: int | None = None
     augment: bool = False
     seed: int = 0
     mixed_precision: str = "no"
     accumulate: int = 1
     checkpoint_every: int = 500
+    picture_every: int | None = None
 
     def __post_init__(self) -> None:
-        models = model_names()
         rules = {
-            "model": (self.model in models, f"must be one of {', '.join(models)}"),
+            "model": (self.model in MODELS, f"must be one of {', '.join(MODELS)}"),
             "policy": (self.policy in POLICIES, f"must be one of {', '.join(POLICIES)}"),
             "dropout": (0 <= self.dropout < 1, "must be at least 0 and below 1"),
+            "levels": (_is_count(self.levels), "must be at least 1"),
+            "flow_steps": (_is_count(self.flow_steps), "must be at least 1"),
+            "hidden": (_is_count(self.hidden), "must be at least 1"),
             "epochs": (self.epochs >= 1, "must be at least 1"),
             "batch_size": (self.batch_size >= 1, "must be at least 1"),
-            "lr": (0 < self.lr < math.inf, "must be above 0 and finite"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "must be at least 0 and finite"),
-            "image_size": (self.image_size is None or self.image_size >= 1, "must be at least 1"),
+            "lr": (self.lr is None or 0 < self.lr < math.inf, "must be above 0 and finite"),
+            "weight_decay": (
+                self.weight_decay is None or 0 <= self.weight_decay < math.inf,
+                "must be at least 0 and finite",
+            ),
+            "image_size": (_is_count(self.image_size), "must be at least 1"),
             "seed": (0 <= self.seed < 2**63, "must be at least 0 and below 2**63"),
             "mixed_precision": (
                 self.mixed_precision in PRECISIONS,
@@ -73,9 +106,17 @@ class Settings:
             ),
             "accumulate": (self.accumulate >= 1, "must be at least 1"),
             "checkpoint_every": (self.checkpoint_every >= 1, "must be at least 1"),
+            "picture_every": (_is_count(self.picture_every), "must be at least 1"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise InputError(name, rule, getattr(self, name))
-        if self.policy != "rebuild" and not self.model.startswith("revnet"):
-            raise InputError("policy", f"is a choice that {self.model} does not have", self.policy)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, models in CHOICES.items():
+            if self.model not in models and getattr(self, name) != defaults[name]:
+                rule = f"is a choice that {self.model} does not have"
+                raise InputError(name, rule, getattr(self, name))
+
+
+def _is_count(value: int | None) -> bool:
+    return value is None or value >= 1

@@ -1,7 +1,7 @@
-"""Where labelled images come from: each reader returns the same four NumPy arrays, unchecked."""
+"""Where data come from: each reader returns NumPy arrays by the same names, unchecked."""
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,31 @@ import numpy as np
 from revlib.train.errors import InputError, first_line
 
 Arrays = dict[str, np.ndarray]
+Readers = Mapping[str, Callable[[], Arrays]]
 FOLDER_RULE = "must be a folder with one subfolder of images per class"
 NAMES = ("x_train", "x_test", "y_train", "y_test")
+
+
+def read(source: str, image_size: int | None, named: Readers) -> Arrays:
+    """Reads what has a name, an `.npz` file, or a folder of images by class.
+
+    Args:
+        source: A name, or a path.
+        image_size: Resizes the images of a folder to squares of this size.
+        named: The readers of what has a name.
+    """
+    path = Path(source)
+    is_folder = source != "" and path.is_dir()  # Path("") is the current folder.
+    if image_size is not None and not is_folder:
+        raise InputError("image_size", "is for a folder of images", f"data {source}")
+    if source in named:
+        return named[source]()
+    if is_folder:
+        return read_folder(path, image_size)
+    if path.is_file():
+        return read_npz(path)
+    rule = f"must be {', '.join(named)}, an .npz file or a folder of images"
+    raise InputError("data", rule, f"{source!r}, where there is none")
 
 
 def read_digits() -> Arrays:

@@ -4,7 +4,6 @@ Accelerate writes and reads the model, the optimizer and the gradient scaler. `r
 beside them holds the rest: the settings that decide the result, and how far the run is.
 """
 
-import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 
 from revlib.train import checkpoint
 from revlib.train.errors import CheckpointError, InputError, first_line
-from revlib.train.results import Epoch
+from revlib.train.results import AnyEpoch, as_record
 
 FILE = "run.json"
 
@@ -27,14 +26,16 @@ class State:
     Args:
         step: Optimizer steps taken.
         seconds: The time they took.
-        totals: Of the epoch so far, for each process: the sum of losses, and of right answers.
+        totals: Of the epoch so far, for each process: the sum of losses, and what else is counted.
         history: The epochs that are complete.
+        peak_activation_bytes: Of a training step, once it has been measured.
     """
 
     step: int = 0
     seconds: float = 0.0
     totals: list[list[float]] = field(default_factory=list)
-    history: list[Epoch] = field(default_factory=list)
+    history: list[AnyEpoch] = field(default_factory=list)
+    peak_activation_bytes: int | None = None
 
 
 def save(accelerator: Accelerator, out: Path, settings: dict[str, Any], state: State) -> None:
@@ -51,16 +52,19 @@ def save(accelerator: Accelerator, out: Path, settings: dict[str, Any], state: S
         raise OSError(message) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        record = {"settings": settings, **dataclasses.asdict(state)}
+        record = {"settings": settings, **as_record(state)}
         (partial / FILE).write_text(json.dumps(record, indent=2))
         checkpoint.publish(partial)
 
 
-def load(accelerator: Accelerator, out: Path, settings: dict[str, Any]) -> State:
-    """Reads the latest checkpoint; every process has to call it."""
+def load(
+    accelerator: Accelerator, out: Path, settings: dict[str, Any], epoch: type[AnyEpoch]
+) -> State:
+    """Reads the latest checkpoint, with its figures as `epoch`; every process has to call it."""
     path = checkpoint.latest(out)
     record = json.loads((path / FILE).read_text())
-    for name, value in record.pop("settings").items():
+    # The data last: another model may take other data, and is then what has to be named.
+    for name, value in sorted(record.pop("settings").items(), key=lambda item: item[0] == "data"):
         if settings.get(name) == value:
             continue
         if name == "data":  # Two checksums would tell nobody anything.
@@ -72,5 +76,5 @@ def load(accelerator: Accelerator, out: Path, settings: dict[str, Any]) -> State
     except (RuntimeError, ValueError) as error:
         message = f"{path} was written for another model ({first_line(error)})"
         raise CheckpointError(message) from error
-    record["history"] = [Epoch(**epoch) for epoch in record["history"]]
+    record["history"] = [epoch(**figures) for figures in record["history"]]
     return State(**record)

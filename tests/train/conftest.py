@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from training_runs import BATCH_SIZE, STEPS_PER_EPOCH
 
-from revlib.train import Settings, loop, train
+from revlib.train import Settings, classification, train
 
 
 @pytest.fixture(scope="session")
@@ -75,4 +75,4 @@ def linear_model(monkeypatch):
     def create(name, *, num_classes, in_channels, **options):
         return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
 
-    monkeypatch.setattr(loop, "create_model", create)
+    monkeypatch.setattr(classification, "create_model", create)

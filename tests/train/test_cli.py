@@ -26,21 +26,31 @@ def run(capsys):
     return run
 
 
-def test_every_setting_is_an_option_that_arrives(monkeypatch, run, tmp_path):
-    settings = Settings(
-        data="images", out=tmp_path, model="revnet110", policy="store", dropout=0.2, epochs=3,
-        batch_size=4, lr=0.5, weight_decay=0.6, image_size=7, augment=True, seed=8,
-        mixed_precision="bf16", accumulate=2, checkpoint_every=9,
-    )  # fmt: skip
-    defaults = Settings(data="digits", out=tmp_path / "default")
-    fields = dataclasses.asdict(settings).items()
-    assert all(value != getattr(defaults, name) for name, value in fields)
+CLASSIFIER = dict(
+    data="images", model="revnet110", policy="store", dropout=0.2, epochs=3, batch_size=4, lr=0.5,
+    weight_decay=0.6, image_size=7, augment=True, seed=8, mixed_precision="bf16", accumulate=2,
+    checkpoint_every=9,
+)  # fmt: skip
+FLOW = dict(data="images", model="glow", levels=2, flow_steps=3, hidden=4, picture_every=5)
+
+
+@pytest.mark.parametrize("given", [CLASSIFIER, FLOW], ids=["classifier", "flow"])
+def test_every_setting_is_an_option_that_arrives(monkeypatch, run, tmp_path, given):
+    settings = Settings(out=tmp_path, **given)
     seen = []
     monkeypatch.setattr(cli, "train", lambda settings, *, resume: seen.append(settings))
 
     run(*options(settings), "--quiet")
 
     assert seen == [settings]
+
+
+def test_no_setting_is_left_out_of_the_test_above():
+    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
+    tried = CLASSIFIER | FLOW
+
+    assert tried.keys() == fields.keys() - {"out"}
+    assert all(value != fields[name] for name, value in tried.items())
 
 
 def test_defaults_are_those_of_the_settings(monkeypatch, run, tmp_path):

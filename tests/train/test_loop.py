@@ -22,7 +22,15 @@ from torch import nn
 from training_runs import BATCH_SIZE, STEPS_PER_EPOCH, assert_same_run, latest_step, options, start
 
 from revlib.models import create_model
-from revlib.train import CheckpointError, InputError, NonFiniteError, load_data, loop, train
+from revlib.train import (
+    CheckpointError,
+    InputError,
+    NonFiniteError,
+    classification,
+    load_data,
+    loop,
+    train,
+)
 from revlib.train.randomness import shuffled
 
 
@@ -158,12 +166,12 @@ def test_accumulated_parts_make_the_step_of_the_whole_batch(make_settings, linea
 TWO_LINEAR_PROCESSES = """
 import sys
 from torch import nn
-from revlib.train import cli, loop
+from revlib.train import classification, cli
 
 def create(name, *, num_classes, in_channels, **options):
     return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
 
-loop.create_model = create
+classification.create_model = create
 cli.main(["train", *sys.argv[1:]])
 """
 
@@ -231,7 +239,7 @@ def test_single_weight_that_is_not_finite_is_never_saved(settings, monkeypatch):
     model = nn.Linear(2, 2)
     with torch.no_grad():
         model.weight[1, 1] = torch.nan
-    monkeypatch.setattr(loop, "create_model", lambda *_, **__: model)
+    monkeypatch.setattr(classification, "create_model", lambda *_, **__: model)
 
     with pytest.raises(NonFiniteError, match=r"^weights must stay finite"):
         train(settings)
@@ -412,7 +420,9 @@ def test_damaged_checkpoint_is_refused_and_left_as_it_is(copied):
 
 def test_checkpoint_that_does_not_fit_the_model_is_refused(settings, linear_model, monkeypatch):
     train(settings)
-    monkeypatch.setattr(loop, "create_model", lambda *_, **__: nn.Sequential(nn.Linear(1, 1)))
+    monkeypatch.setattr(
+        classification, "create_model", lambda *_, **__: nn.Sequential(nn.Linear(1, 1))
+    )
 
     with pytest.raises(CheckpointError, match=r"was written for another model"):
         train(settings, resume=True)

@@ -7,9 +7,10 @@ import pytest
 
 from revlib.models import model_names
 from revlib.train import InputError, Settings
+from revlib.train.settings import CHOICES, FLOWS, MODELS
 
 WRONG = [
-    ("model", "revnet39", f"must be one of {', '.join(model_names())}; got revnet39"),
+    ("model", "revnet39", f"must be one of {', '.join([*model_names(), *FLOWS])}; got revnet39"),
     ("policy", "forget", "must be one of rebuild, store, recompute; got forget"),
     ("dropout", -0.1, "must be at least 0 and below 1; got -0.1"),
     ("dropout", 1.0, "must be at least 0 and below 1; got 1.0"),
@@ -20,6 +21,10 @@ WRONG = [
     ("lr", float("inf"), "must be above 0 and finite; got inf"),
     ("weight_decay", -1e-4, "must be at least 0 and finite; got -0.0001"),
     ("image_size", 0, "must be at least 1; got 0"),
+    ("levels", 0, "must be at least 1; got 0"),
+    ("flow_steps", 0, "must be at least 1; got 0"),
+    ("hidden", 0, "must be at least 1; got 0"),
+    ("picture_every", 0, "must be at least 1; got 0"),
     ("seed", -1, "must be at least 0 and below 2**63; got -1"),
     ("mixed_precision", "fp8", "must be one of no, bf16, fp16; got fp8"),
     ("accumulate", 0, "must be at least 1; got 0"),
@@ -33,11 +38,39 @@ def test_wrong_setting_gets_a_line_that_names_it(name, value, line):
         Settings(data="digits", out=Path("run"), **{name: value})
 
 
-def test_policy_is_refused_where_there_is_no_choice():
-    with pytest.raises(InputError, match=r"^policy is a choice that resnet32 does not have"):
-        Settings(data="digits", out=Path("run"), model="resnet32", policy="store")
+# Settings that a model may not have, and a value that is not their default.
+CHOSEN = {
+    "policy": "store",
+    "dropout": 0.1,
+    "augment": True,
+    "levels": 2,
+    "flow_steps": 2,
+    "hidden": 8,
+    "picture_every": 10,
+}
+REFUSED = [
+    ("resnet32", ("policy", "levels", "flow_steps", "hidden", "picture_every")),
+    ("revnet38", ("levels", "flow_steps", "hidden", "picture_every")),
+    ("nice", ("dropout", "augment", "levels")),
+    ("glow", ("dropout", "augment")),
+]
 
 
-@pytest.mark.parametrize("model", model_names())
+@pytest.mark.parametrize("model, names", REFUSED, ids=[model for model, _ in REFUSED])
+def test_choices_that_a_model_does_not_have_are_refused(model, names):
+    for name, value in CHOSEN.items():
+        if name in names:
+            line = f"{name} is a choice that {model} does not have; got {value}"
+            with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+                Settings(data="digits", out=Path("run"), model=model, **{name: value})
+        else:
+            Settings(data="digits", out=Path("run"), model=model, **{name: value})
+
+
+def test_every_choice_is_tried():
+    assert CHOSEN.keys() == CHOICES.keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_has_settings(model):
     assert Settings(data="digits", out=Path("run"), model=model).model == model

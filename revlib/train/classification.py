@@ -1,0 +1,77 @@
+"""The task of a classifier: labelled images, cross-entropy, and the share of right answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from revlib.models import create_model
+from revlib.train.data import load_data
+from revlib.train.randomness import augment
+from revlib.train.results import Epoch, Progress, Result
+from revlib.train.settings import Settings
+from revlib.train.task import Batch
+
+LR = 0.1
+WEIGHT_DECAY = 1e-4
+MOMENTUM = 0.9
+
+
+class Classification:
+    """Trains a classifier by SGD; see `Task` for what its attributes are."""
+
+    epoch, progress, result = Epoch, Progress, Result
+    speed = "images_per_second"
+    measures_memory = False
+    clip = None
+    totals = 2
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = replace(
+            settings,
+            lr=LR if settings.lr is None else settings.lr,
+            weight_decay=WEIGHT_DECAY if settings.weight_decay is None else settings.weight_decay,
+        )
+        self.data = load_data(settings.data, image_size=settings.image_size)
+
+    def build_model(self) -> nn.Module:
+        revnet = self.settings.model.startswith("revnet")
+        options = {"policy": self.settings.policy} if revnet else {}
+        return create_model(
+            self.settings.model,
+            num_classes=self.data.classes,
+            in_channels=self.data.x_train.shape[1],
+            dropout=self.settings.dropout,
+            **options,
+        )
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        settings = self.settings
+        return torch.optim.SGD(
+            model.parameters(), settings.lr, MOMENTUM, weight_decay=settings.weight_decay
+        )
+
+    def batch(self, part: Tensor, device: torch.device, *, training: bool) -> Batch:
+        data = self.data
+        x, y = (data.x_train, data.y_train) if training else (data.x_test, data.y_test)
+        x, y = x[part].to(device), y[part].to(device)
+        if training and self.settings.augment:
+            x = augment(x)
+        mean, std = (each[:, None, None].to(device) for each in (data.mean, data.std))
+        return (x - mean) / std, y
+
+    def loss(self, model: nn.Module, batch: Batch, totals: Tensor) -> Tensor:
+        x, y = batch
+        logits = model(x)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        totals += torch.stack((loss.detach(), (logits.argmax(1) == y).sum()))
+        return loss
+
+    def figures(self, totals: Sequence[float], samples: int) -> dict[str, float]:
+        loss, right_answers = totals
+        return {"loss": loss / samples, "accuracy": right_answers / samples}
+
+    def draw(self, model: nn.Module) -> Mapping[str, bytes]:
+        return {}
