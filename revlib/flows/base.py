@@ -1,5 +1,6 @@
 """What the latents of a flow are distributed as."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch.distributions import Distribution
 
 from revlib import functional
 from revlib.flows.layer import Latent, packed
+from revlib.functional._checks import check_integer
 
 
 class Base(Protocol):
@@ -49,6 +51,8 @@ class StandardNormal(nn.Module):
 
     def sample(self, n: int, temperature: float = 1.0) -> Latent:
         """Draws n latents, with standard deviations of `temperature`."""
+        check_integer("sample", "n", n, 0, 2**31)
+        check_temperature(temperature)
         if not self.shapes:
             raise RuntimeError(
                 "sample needs the shapes of the latents: give the flow "
@@ -81,6 +85,7 @@ class TorchBase(nn.Module):
         return self.distribution.log_prob(z)
 
     def sample(self, n: int, temperature: float = 1.0) -> Tensor:
+        check_integer("sample", "n", n, 0, 2**31)
         if temperature != 1:
             raise ValueError(
                 f"temperature is for a standard normal base; got {temperature} with "
@@ -91,3 +96,10 @@ class TorchBase(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.distribution)
+
+
+def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"sample: temperature must be a number; got {temperature!r}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"sample: temperature must be from 0 up and finite; got {temperature!r}")
