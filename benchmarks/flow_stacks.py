@@ -16,27 +16,28 @@ from revlib import flows
 CHANNELS = 12
 
 
-def conditioner(c_in: int, c_out: int, hidden: int = 64) -> nn.Sequential:
+def conditioner(
+    c_in: int, c_out: int, hidden: int = 64, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
     """Builds Glow's sub-network: convolutions of 3x3, 1x1 and 3x3, the last one zero."""
     last = nn.Conv2d(hidden, c_out, 3, padding=1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return nn.Sequential(
         nn.Conv2d(c_in, hidden, 3, padding=1),
-        nn.ReLU(),
+        activation(),
         nn.Conv2d(hidden, hidden, 1),
-        nn.ReLU(),
+        activation(),
         last,
     )
 
 
-def glow_step(channels: int, hidden: int = 64) -> list[flows.FlowLayer]:
+def glow_step(
+    channels: int, hidden: int = 64, activation: type[nn.Module] = nn.ReLU
+) -> list[flows.FlowLayer]:
     kept, changed = channels - channels // 2, channels // 2
-    # Interleaved and bounded as in normflows, so that both can start from the same values.
-    coupling = flows.AffineCoupling(
-        conditioner(kept, 2 * changed, hidden), scale="sigmoid", interleaved=True
-    )
-    return [flows.ActNormConv1x1(channels), coupling]
+    net = conditioner(kept, 2 * changed, hidden, activation)
+    return [flows.ActNormConv1x1(channels), flows.AffineCoupling(net, scale="sigmoid")]
 
 
 def glow_stack(depth: int, policy: str) -> flows.FlowSequential:

@@ -11,13 +11,13 @@ import sys
 
 import pytest
 
-from benchmarks.bench_couplings import rounds
 from benchmarks.flow_peer_models import BUILDERS, NOTES
 from benchmarks.flow_stacks import METHODS, count_parameters, make_input, training_step
 from benchmarks.peers import FOLDER
 from revlib.benchmarking import measure
 
 DEPTHS = [4, 8, 16, 32]
+ROUNDS = 20
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,4 +51,4 @@ def bench_training_step(benchmark, method, build, depth, quick, device):
 
     benchmark.extra_info["parameters"] = count_parameters(model)
     benchmark.extra_info["load average"] = os.getloadavg()[0]
-    measure(benchmark, training_step(model, x), model=model, against=against, rounds=rounds(depth))
+    measure(benchmark, training_step(model, x), model=model, against=against, rounds=ROUNDS)
