@@ -89,6 +89,21 @@ def normflows_block(split_mode, scale_map="exp", scale=True, dims=3, channels=4)
     return normflows_flow("AffineCouplingBlock", net, scale, scale_map, split_mode)
 
 
+def normflows_block_with_actnorm():
+    from normflows import flows
+    from normflows.utils.nn import ActNorm
+
+    net = nn.Sequential(
+        nn.Linear(3, 6),
+        nn.BatchNorm1d(6),
+        nn.Dropout(0.2),
+        ActNorm((6,)),
+        nn.Tanh(),
+        nn.Linear(6, 4),
+    )
+    return flows.AffineCouplingBlock(net)
+
+
 def normflows_masked(features=4, s=True, t=True):
     mask = torch.tensor([1.0, 0.0, 0.0, 1.0])
     return normflows_flow(
@@ -248,6 +263,7 @@ CASES = {
     ),
     "normflows-conv": Case("normflows", lambda: normflows_flow("Invertible1x1Conv", 4), IMAGE),
     "normflows-actnorm": Case("normflows", lambda: normflows_flow("ActNorm", (5,))),
+    "normflows-actnorm-in-network": Case("normflows", normflows_block_with_actnorm),
     "normflows-reverse": Case(
         "normflows",
         lambda: normflows_flow(

@@ -23,7 +23,7 @@ TWO_SIDED = {
 SEVERAL_TENSORS = ("Concat", "ConcatChannel", "GaussianMixtureModel", "Split", "SplitChannel")
 
 # Modules whose inverse iterates, or is only learned.
-NO_CHEAP_INVERSE = ("IResNetLayer", "InvAutoConv2D", "InvAutoFC")
+NO_CHEAP_INVERSE = {"IResNetLayer", "InvAutoConv2D", "InvAutoFC"}
 
 WRITES_TO_INPUT = ("HaarDownsampling", "HaarUpsampling")
 
@@ -111,7 +111,8 @@ def make_layer(module: nn.Module) -> FlowLayer:
             before = [Mixing(module, before=True)] if module.reverse_pre_permute else []
             return Steps(module, [*before, coupling, Mixing(module)])
     runner = partial(on_copy, run) if kind in WRITES_TO_INPUT else run
-    return Called(module, runner, cheap_inverse=kind not in NO_CHEAP_INVERSE)
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return Called(module, runner, cheap_inverse=names.isdisjoint(NO_CHEAP_INVERSE))
 
 
 class Mixing(FlowLayer):

@@ -75,7 +75,7 @@ def layers(module: object, *, flip: bool = False) -> Iterator[FlowLayer]:
             yield from layers(part, flip=flip)
     elif forward is transforms.InverseTransform.forward:
         yield from layers(module._transform, flip=not flip)
-    elif forward is transforms.AffineCouplingTransform.forward:  # the one of every coupling
+    elif forward is transforms.AffineCouplingTransform.forward:  # the one of all couplings
         yield make_coupling(module, flip=flip)
     elif isinstance(module, transforms.ActNorm):
         yield ActNorm(module, run, flip=flip)

@@ -14,19 +14,17 @@ from revlib.flows.sequential import FlowSequential
 from revlib.flows.split import Split
 from revlib.streams import Streams
 
-# Flows that go from latent to data only, or back by iterating, or not to the last bit.
-NO_CHEAP_INVERSE = (
+# Flows that go back by iterating, or not to where they came from; and base classes of such flows.
+NO_CHEAP_INVERSE = {
+    "Autoregressive",
     "AutoregressiveRationalQuadraticSpline",
-    "BatchNorm",
     "CircularAutoregressiveRationalQuadraticSpline",
     "HamiltonianMonteCarlo",
-    "MaskedAffineAutoregressive",
     "MetropolisHastings",
     "PeriodicWrap",
     "Planar",
-    "Radial",
     "Residual",
-)
+}
 
 
 def from_normflows(module: nn.Module | Sequence[nn.Module]) -> FlowSequential:
@@ -124,8 +122,15 @@ def layers(module: object, *, flip: bool = True) -> Iterator[FlowLayer]:
             module,
             partial(on_copy, run) if isinstance(module, normflows.transforms.Shift) else runner,
             flip=flip,
-            cheap_inverse=type(module).__name__ not in NO_CHEAP_INVERSE,
+            cheap_inverse=has_cheap_inverse(module),
         )
+
+
+def has_cheap_inverse(module: nn.Module) -> bool:
+    from normflows.flows import Flow
+
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return type(module).inverse is not Flow.inverse and names.isdisjoint(NO_CHEAP_INVERSE)
 
 
 def make_affine_coupling(block: nn.Module, *, flip: bool) -> FlowLayer:
