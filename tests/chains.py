@@ -1,5 +1,6 @@
 """The chains that the contract tests run over; a new kind of block is one new line."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class Stretch(flows.FlowLayer):
         return z * (-self.log_factor).exp(), -self._log_det(z)
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return (self.log_factor * x[0].numel()).expand(len(x))
+        return (self.log_factor * math.prod(x.shape[1:])).expand(len(x))
 
 
 def mlp(c_in: int, c_out: int | None = None) -> nn.Module:
