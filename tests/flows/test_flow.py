@@ -1,0 +1,467 @@
+"""What a flow promises, whatever its layers: densities, samples, errors, copies, wrappers."""
+
+import copy
+import io
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from flow_cases import CASES
+from torch import Tensor, nn
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from revlib import flows
+
+
+def linear_flow(device: torch.device | str = "cpu") -> tuple[flows.Flow, MultivariateNormal]:
+    """A flow that is a linear map, and its density: a normal of full covariance."""
+    torch.manual_seed(3)
+    conv, norm = flows.InvertibleConv1x1(3, lu=False), flows.ActNorm(3)
+    with torch.no_grad():
+        conv.weight += 0.3 * torch.randn(3, 3)
+        norm.log_scale.normal_(std=0.5)
+        norm.bias.normal_()
+    flow = flows.Flow(flows.FlowSequential(conv, norm), shape=(3,)).double().eval()
+    flow.base = flows.StandardNormal((3,)).double()
+    factor = torch.linalg.inv(norm.log_scale.exp().diag() @ conv.weight)
+    truth = MultivariateNormal(-factor @ norm.bias, factor @ factor.T)
+    return flow.to(device), MultivariateNormal(
+        truth.mean.detach().to(device), truth.covariance_matrix.detach().to(device)
+    )
+
+
+def test_log_prob_of_a_linear_flow_is_that_of_the_normal_it_makes(device):
+    flow, truth = linear_flow(device)
+    x = 3 * torch.randn(50, 3, dtype=torch.double, device=device)
+
+    torch.testing.assert_close(flow.log_prob(x), truth.log_prob(x), rtol=1e-10, atol=1e-10)
+
+
+def test_forward_is_log_prob(device):
+    flow, _ = linear_flow(device)
+    x = torch.randn(5, 3, dtype=torch.double, device=device)
+
+    assert torch.equal(flow(x), flow.log_prob(x))
+
+
+def test_nll_and_bits_per_dim_are_means_over_the_batch(device):
+    flow, truth = linear_flow(device)
+    x = torch.randn(5, 3, dtype=torch.double, device=device)
+    nats = -truth.log_prob(x).mean()
+
+    torch.testing.assert_close(flow.nll(x), nats)
+    torch.testing.assert_close(flow.bits_per_dim(x), nats / 3 / math.log(2))
+
+
+def test_log_prob_is_float32_or_wider_under_autocast(device):
+    case = CASES["glow-image"]
+    flow, (x,) = case.build(device, torch.float32), case.inputs(device, torch.float32)
+
+    with torch.autocast(device.type, torch.bfloat16):
+        log_prob = flow.log_prob(x)
+
+    assert log_prob.dtype == torch.float32
+
+
+def test_samples_have_the_moments_of_the_density():
+    flow, truth = linear_flow()
+
+    x = flow.sample(200_000)
+
+    # Six standard errors of a mean of 200,000, for a spread of about 3.
+    torch.testing.assert_close(x.mean(0), truth.mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(x.T.cov(), truth.covariance_matrix, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.7])
+def test_temperature_is_the_standard_deviation_of_the_latent(temperature, device):
+    flow, truth = linear_flow(device)
+
+    torch.manual_seed(1)
+    x = flow.sample(100)
+    torch.manual_seed(1)
+    cooler = flow.sample(100, temperature=temperature)
+
+    torch.testing.assert_close(cooler - truth.mean, temperature * (x - truth.mean))
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.7])
+def test_temperature_cools_every_latent(temperature, device):
+    flow = CASES["glow-image"].build(device)
+
+    torch.manual_seed(1)
+    z = flow.base.sample(4)
+    torch.manual_seed(1)
+    cooler = flow.base.sample(4, temperature)
+
+    for latent, cool in zip(z, cooler, strict=True):
+        torch.testing.assert_close(cool, temperature * latent)
+
+
+@pytest.mark.parametrize("name", ["realnvp-odd-context", "realnvp-image-context"])
+def test_each_sample_follows_its_row_of_the_context(name, device):
+    case = CASES[name]
+    flow, (context,) = case.build(device), case.contexts(device, batch=4)
+
+    torch.manual_seed(1)
+    together = flow.sample(4, context)
+    torch.manual_seed(1)
+    z = flow.base.sample(4)
+    rows = [slice(i, i + 1) for i in range(4)]
+    latents = [tuple(part[row] for part in z) if isinstance(z, tuple) else z[row] for row in rows]
+    apart = [
+        flow.transform.inverse(latent, context[row])[0]
+        for latent, row in zip(latents, rows, strict=True)
+    ]
+
+    torch.testing.assert_close(together, torch.cat(apart))
+    assert not torch.allclose(together[:1], flow.transform.inverse(latents[0], context[1:2])[0])
+
+
+def test_one_row_of_context_serves_all_samples(device):
+    case = CASES["realnvp-odd-context"]
+    flow, (context,) = case.build(device), case.contexts(device, batch=1)
+
+    torch.manual_seed(1)
+    x = flow.sample(4, context)
+    torch.manual_seed(1)
+    of_copies = flow.sample(4, context.repeat(4, 1))
+
+    torch.testing.assert_close(x, of_copies)
+
+
+def test_a_flow_without_shapes_learns_them_from_the_first_batch():
+    flow = flows.Flow(flows.FlowSequential(flows.Squeeze(), flows.Split()))
+
+    flow.log_prob(torch.randn(3, 2, 4, 4))
+
+    assert flow.sample(5).shape == (5, 2, 4, 4)
+    assert flow.distribution().event_shape == (2, 4, 4)
+
+
+# Bases of one's own
+
+
+def mixture() -> Distribution:
+    components = Independent(Normal(3 * torch.randn(4, 3).double(), 0.5), 1)
+    return MixtureSameFamily(Categorical(torch.ones(4).double()), components)
+
+
+BASES = {
+    "normal": lambda: Independent(Normal(torch.ones(3).double(), 2.0), 1),
+    "laplace": lambda: Independent(Laplace(torch.zeros(3).double(), 1.0), 1),
+    "mixture": mixture,
+}
+
+
+@pytest.mark.parametrize("make_base", BASES.values(), ids=BASES)
+def test_a_torch_distribution_serves_as_base(make_base):
+    (flow, _), base = linear_flow(), make_base()
+    flow = flows.Flow(flow.transform, base, shape=(3,))
+    x = torch.randn(5, 3).double()
+
+    z, log_det = flow.transform(x)
+    samples, log_prob = flow.sample_and_log_prob(7)
+
+    torch.testing.assert_close(flow.log_prob(x), base.log_prob(z) + log_det)
+    torch.testing.assert_close(log_prob, flow.log_prob(samples))
+    assert samples.shape == (7, 3)
+
+
+def test_a_module_serves_as_base_and_is_trained():
+    class Shifted(flows.StandardNormal):
+        def __init__(self) -> None:
+            super().__init__((3,))
+            self.mean = nn.Parameter(torch.ones(3).double())
+
+        def log_prob(self, z: Tensor) -> Tensor:
+            return Normal(self.mean, 1).log_prob(z).sum(1)
+
+    (flow, _), base = linear_flow(), Shifted()
+    flow = flows.Flow(flow.transform, base)
+    x = torch.randn(5, 3).double()
+
+    flow.nll(x).backward()
+
+    z, _ = flow.transform(x)
+    torch.testing.assert_close(base.mean.grad, (base.mean - z.mean(0)).detach())
+
+
+# As a torch.distributions.Distribution
+
+
+def test_distribution_has_the_density_of_the_flow():
+    flow, truth = linear_flow()
+    distribution = flow.distribution()
+    x = torch.randn(4, 5, 3).double()
+
+    assert (distribution.batch_shape, distribution.event_shape) == ((), (3,))
+    torch.testing.assert_close(distribution.log_prob(x), truth.log_prob(x))
+    torch.testing.assert_close(distribution.log_prob(x[0, 0]), truth.log_prob(x[0, 0]))
+
+
+@pytest.mark.parametrize("name", ["realnvp-odd-context", "realnvp-image-context"])
+def test_distribution_has_a_batch_of_one_for_each_row_of_the_context(name, device):
+    case = CASES[name]
+    flow, (x, context) = case.build(device), case.inputs(device, batch=4)
+    distribution = flow.distribution(context)
+
+    samples = distribution.sample((5,))
+    log_prob = distribution.log_prob(x)
+    crossed = distribution.log_prob(x[:, None])
+
+    assert (distribution.batch_shape, distribution.event_shape) == ((4,), case.shape)
+    assert samples.shape == (5, 4, *case.shape)
+    torch.testing.assert_close(log_prob, flow.log_prob(x, context))
+    assert crossed.shape == (4, 4)
+    torch.testing.assert_close(crossed.diagonal(), log_prob)
+    torch.testing.assert_close(crossed[2], flow.log_prob(x[2:3].expand_as(x), context))
+
+
+def test_samples_of_a_distribution_follow_their_rows_of_the_context():
+    torch.manual_seed(0)
+    flow = flows.realnvp((2,), layers=2, hidden=8, context=1).double().eval()
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.5)
+    distribution = flow.distribution(torch.tensor([[-5.0], [0.0], [5.0]]).double())
+
+    samples = distribution.sample((4000,))
+
+    means = torch.stack([flow.sample(4000, c[None]).mean(0) for c in distribution.context])
+    torch.testing.assert_close(samples.mean(0), means.detach(), rtol=0, atol=0.2)
+    assert (means[0] - means[2]).abs().max() > 1
+
+
+def test_rsample_has_gradients_and_sample_has_none():
+    case = CASES["realnvp-odd-context"]
+    flow, (context,) = case.build(), case.contexts()
+    distribution = flow.distribution(context.requires_grad_())
+
+    assert not distribution.sample((3,)).requires_grad
+    distribution.rsample((3,)).square().mean().backward()
+
+    assert context.grad.any()
+    assert all(p.grad.any() for p in flow.parameters())
+
+
+def test_entropy_and_kl_divergence_by_monte_carlo():
+    flow, truth = linear_flow()
+    distribution = flow.distribution()
+    other = MultivariateNormal(torch.ones(3).double(), 2 * torch.eye(3).double())
+
+    x = distribution.sample((50_000,))
+    entropy = -distribution.log_prob(x).mean()
+    kl = (distribution.log_prob(x) - other.log_prob(x)).mean()
+
+    torch.testing.assert_close(entropy, truth.entropy(), rtol=0, atol=0.05)
+    torch.testing.assert_close(kl, kl_divergence(truth, other), rtol=0.05, atol=0)
+
+
+def test_kl_divergence_of_torch_takes_a_registered_pair():
+    flow, truth = linear_flow()
+
+    @torch.distributions.kl.register_kl(flows.FlowDistribution, MultivariateNormal)
+    def monte_carlo(p: flows.FlowDistribution, q: MultivariateNormal) -> Tensor:
+        x = p.rsample((1000,))
+        return (p.log_prob(x) - q.log_prob(x)).mean(0)
+
+    kl = kl_divergence(flow.distribution(), truth)
+
+    torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-8)
+
+
+# Numbers that are not finite
+
+
+def flow_with_a_bad_layer(value: float) -> flows.Flow:
+    layers = [flows.ActNorm(4), flows.DiagonalScaling((4,)), flows.Permutation.reverse(4)]
+    flow = flows.Flow(flows.FlowSequential(*layers), shape=(4,)).eval()
+    with torch.no_grad():
+        layers[1].log_scale[2] = value
+    return flow
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_log_prob_that_is_not_finite_names_the_layer(value):
+    flow = flow_with_a_bad_layer(value)
+
+    with pytest.raises(flows.NonFiniteError, match=r"block 1 \(DiagonalScaling\).*log_det"):
+        flow.log_prob(torch.randn(3, 4))
+
+
+def test_a_result_that_overflows_names_the_layer():
+    flow = flow_with_a_bad_layer(80.0)
+
+    with pytest.raises(flows.NonFiniteError, match=r"block 1 \(DiagonalScaling\) made its result"):
+        flow.log_prob(torch.full((3, 4), 1e10))
+
+
+def test_data_that_are_not_finite_are_named():
+    flow = flow_with_a_bad_layer(0.0)
+
+    with pytest.raises(flows.NonFiniteError, match="what was put in is not finite"):
+        flow.log_prob(torch.tensor([[1.0, 2.0, math.nan, 0.0]]))
+
+
+def test_samples_that_are_not_finite_name_the_layer():
+    flow = flow_with_a_bad_layer(math.nan)
+    flow.base = flows.StandardNormal((4,))
+
+    with pytest.raises(flows.NonFiniteError, match=r"block 1 \(DiagonalScaling\)"):
+        flow.sample(3)
+
+
+# Copies
+
+
+def reloaded(flow: flows.Flow) -> flows.Flow:
+    file = io.BytesIO()
+    torch.save(flow, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def from_state_dict(flow: flows.Flow) -> flows.Flow:
+    torch.manual_seed(5)
+    fresh = COPIED.make(shape=COPIED.shape, context=0, dequantize=None).double().eval()
+    fresh.load_state_dict(flow.state_dict())
+    return fresh
+
+
+COPIED = CASES["glow-image"]
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda flow: pickle.loads(pickle.dumps(flow)),
+    "save": reloaded,
+    "state-dict": from_state_dict,
+}
+
+
+@pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES)
+def test_a_copy_has_the_same_densities_samples_and_gradients(clone):
+    flow, (x,) = COPIED.build(), COPIED.inputs()
+    flow.log_prob(x)
+    twin = clone(flow)
+    results = []
+
+    for model in (flow, twin):
+        torch.manual_seed(1)
+        samples, _ = model.sample_and_log_prob(3)
+        log_prob = model.log_prob(x)
+        (log_prob.sum() + samples.sin().sum()).backward()
+        results.append([samples, log_prob, *(p.grad for p in model.parameters())])
+
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    assert not {p.data_ptr() for p in flow.parameters()} & {
+        p.data_ptr() for p in twin.parameters()
+    }
+
+
+@pytest.mark.parametrize("make", [flows.realnvp, flows.glow, flows.spline_flow])
+def test_a_flow_that_goes_on_from_a_state_dict_is_not_initialised_anew(make):
+    flow = make((4,), hidden=4)
+    flow.log_prob(5 + torch.randn(20, 4))
+    resumed = make((4,), hidden=4)
+
+    resumed.load_state_dict(flow.state_dict())
+    x = 100 * torch.randn(20, 4)
+
+    assert resumed.training
+    torch.testing.assert_close(resumed.log_prob(x), flow.log_prob(x))
+
+
+# Wrappers
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's advice is no failure
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("realnvp", "eager"),
+        ("spline", "eager"),
+        pytest.param("glow-image", "eager", marks=pytest.mark.slow),
+        pytest.param("realnvp", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_calls_without_gradients_compile_into_one_graph(name, backend, device):
+    case = CASES[name]
+    flow, (x,) = case.build(device, torch.float32), case.inputs(device, torch.float32)
+
+    with torch.no_grad():
+        log_prob = torch.compile(flow.log_prob, backend=backend, fullgraph=True)(x)
+        samples = torch.compile(flow.sample, backend=backend, fullgraph=True)(4)
+        again = flow.transform.inverse(flow.transform(samples)[0])[0]
+
+        torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(samples, again, rtol=1e-3, atol=1e-3)
+
+
+WORLD = 2
+
+
+def gradients_of(model: nn.Module, flow: flows.Flow, x: Tensor) -> dict[str, Tensor]:
+    flow.zero_grad()
+    (-model(x).mean()).backward()
+    return {name: p.grad.clone() for name, p in flow.named_parameters()}
+
+
+def run_ddp(rank: int, store: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    case = CASES["glow-image"]
+    flow, (x,) = case.build(), case.inputs(batch=4)
+
+    expected = gradients_of(flow, flow, x)
+    got = gradients_of(DistributedDataParallel(flow), flow, x.chunk(WORLD)[rank])
+
+    for name, want in expected.items():
+        torch.testing.assert_close(got[name], want, rtol=1e-9, atol=1e-11)
+    # A process that leaves while another still talks to it can bring that one down.
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_ddp_gives_the_gradients_of_one_process(tmp_path: Path):
+    torch.multiprocessing.spawn(run_ddp, (str(tmp_path / "store"),), nprocs=WORLD)
+
+
+@pytest.mark.slow
+def test_a_flow_is_trained_by_an_optimizer_in_either_direction():
+    target = MultivariateNormal(torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.6], [0.6, 2.0]]))
+
+    def likelihood(flow: flows.Flow) -> Tensor:
+        return flow.nll(target.sample((256,)))
+
+    def reverse_kl(flow: flows.Flow) -> Tensor:
+        x, log_prob = flow.sample_and_log_prob(256)
+        return (log_prob - target.log_prob(x)).mean()
+
+    for loss_of in (likelihood, reverse_kl):
+        torch.manual_seed(0)
+        flow = flows.realnvp((2,), layers=4, hidden=16)
+        optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss_of(flow).backward()
+            optimizer.step()
+        x = target.sample((2000,))
+
+        assert (target.log_prob(x) - flow.log_prob(x)).mean() < 0.1
