@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
-from revlib.flows import MLP, AffineCoupling, FlowSequential, GlowConvNet, ResidualConvNet
-from revlib.flows.conditioners import WeightNormConv2d
+from revlib.flows import MLP, AffineCoupling, GlowConvNet, ResidualConvNet
 from revlib.memory import measure_step
+from revlib.testing import check_gradients
 
 VECTOR, IMAGE = (3,), (3, 4, 6)
 
@@ -57,9 +56,9 @@ every_conv_net = pytest.mark.parametrize("make", [residual, glow], ids=["residua
 
 
 def awake(net: nn.Module) -> nn.Module:
-    """Moves the parameters of a network away from zero, where it starts."""
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+    """Moves the last layer of a network away from zero, where it starts."""
+    *_, last = net.modules()
+    last.reset_parameters()
     return net
 
 
@@ -70,27 +69,30 @@ def mlp_reference(net: MLP, x: Tensor, context: Tensor) -> Tensor:
     return F.linear(h, last.weight, last.bias)
 
 
+def conv3x3(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, conv.weight, conv.bias, padding=1)
+
+
 def add_context(conv: nn.Module, h: Tensor, context: Tensor) -> Tensor:
     weight = conv.context_conv.weight[:, :, 0, 0]
     return h + torch.einsum("oc,bc...->bo...", weight, context).view(*h.shape[:2], 1, 1)
 
 
 def residual_reference(net: ResidualConvNet, x: Tensor, context: Tensor | None = None) -> Tensor:
-    h = net.first.conv(x)
+    h = conv3x3(net.first.conv, x)
     if context is not None:
         h = add_context(net.first, h, context)
     for block in net.blocks:
-        h = h + block.second(F.relu(block.first(F.relu(h))))
+        h = h + conv3x3(block.second, F.relu(conv3x3(block.first, F.relu(h))))
     return F.conv2d(F.relu(h), net.last.weight, net.last.bias)
 
 
 def glow_reference(net: GlowConvNet, x: Tensor, context: Tensor | None = None) -> Tensor:
-    first, middle, last = net.first.conv, net.middle, net.last
-    h = F.conv2d(x, first.weight, first.bias, padding=1)
+    h = conv3x3(net.first.conv, x)
     if context is not None:
         h = add_context(net.first, h, context)
-    h = F.conv2d(F.relu(h), middle.weight, middle.bias)
-    return F.conv2d(F.relu(h), last.weight, last.bias, padding=1)
+    h = F.conv2d(F.relu(h), net.middle.weight, net.middle.bias)
+    return conv3x3(net.last, F.relu(h))
 
 
 REFERENCES = {
@@ -195,6 +197,7 @@ def test_net_in_double_computes_in_double(case: Case):
     torch.testing.assert_close(net(*inputs), output.float())
 
 
+@pytest.mark.slow
 @every_net
 def test_net_compiles_to_one_graph(case: Case):
     net, inputs = awake(case.make()), case.inputs()
@@ -213,22 +216,11 @@ def test_net_can_be_pickled(case: Case):
 
 
 @every_net
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_gradients_in_a_coupling_are_those_of_a_stored_run(case: Case, direction, device):
-    couplings = [AffineCoupling(awake(case.make()), flip=flip) for flip in (False, True)]
+def test_gradients_in_a_coupling_are_those_of_a_stored_run(case: Case):
+    coupling = AffineCoupling(awake(case.make()))
     _, *context = case.inputs()
-    start = torch.randn(5, 6, *case.shape[1:])
-    gradients = {}
 
-    for policy in ("rebuild", "store"):
-        chain = FlowSequential(*deepcopy(couplings), policy=policy).double().to(device)
-        leaves = [x.double().to(device).requires_grad_() for x in (start, *context)]
-        result, log_det = (chain if direction == "forward" else chain.inverse)(*leaves)
-        (result.sin().sum() + log_det.sin().sum()).backward()
-        gradients[policy] = [leaf.grad for leaf in (*leaves, *chain.parameters())]
-
-    for got, want in zip(gradients["rebuild"], gradients["store"], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    check_gradients(coupling, torch.randn(5, 6, *case.shape[1:]), *context)
 
 
 def peak_bytes(net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> int:
@@ -250,35 +242,6 @@ def test_peak_memory_is_no_higher_than_out_of_place(make, reference):
     assert peak_bytes(net, net, x) <= peak_bytes(net, lambda x: reference(net, x), x)
 
 
-def test_weight_normalization_is_pytorchs():
-    ours = awake(WeightNormConv2d(3, 4))
-    theirs = weight_norm(nn.Conv2d(3, 4, 3, padding=1))
-    weights = theirs.parametrizations.weight
-    weights.original0.data, weights.original1.data = ours.gain.data, ours.weight.data
-    theirs.bias.data = ours.bias.data
-    x = torch.randn(5, 3, 4, 6)
-
-    torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_weight_normalization_starts_as_the_plain_convolution():
-    conv = WeightNormConv2d(3, 4)
-    x = torch.randn(5, 3, 4, 6)
-
-    torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
-
-
-def test_activations_of_glows_net_start_with_the_size_of_the_input():
-    net = GlowConvNet(6, 12, hidden=256)
-    seen = []
-    net.last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-
-    net(torch.randn(4, 6, 32, 32))
-
-    # The padding takes a few percent away.
-    assert 0.8 < seen[0].square().mean().item() < 1.2
-
-
 def test_mlp_has_the_activation_asked_for():
     net = MLP(3, 6, (8, 4), activation=nn.Tanh)
 
@@ -292,11 +255,11 @@ def test_mlp_has_the_activation_asked_for():
     {
         "mlp-context": "layers.0.weight layers.0.bias layers.2.weight layers.2.bias "
         "layers.4.weight layers.4.bias",
-        "residual": "first.conv.weight first.conv.bias first.conv.gain "
-        "blocks.0.first.weight blocks.0.first.bias blocks.0.first.gain "
-        "blocks.0.second.weight blocks.0.second.bias blocks.0.second.gain "
-        "blocks.1.first.weight blocks.1.first.bias blocks.1.first.gain "
-        "blocks.1.second.weight blocks.1.second.bias blocks.1.second.gain "
+        "residual": "first.conv.weight first.conv.bias "
+        "blocks.0.first.weight blocks.0.first.bias "
+        "blocks.0.second.weight blocks.0.second.bias "
+        "blocks.1.first.weight blocks.1.first.bias "
+        "blocks.1.second.weight blocks.1.second.bias "
         "last.weight last.bias",
         "glow-context": "first.conv.weight first.conv.bias first.context_conv.weight "
         "middle.weight middle.bias last.weight last.bias",

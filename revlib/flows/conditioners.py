@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from revlib.functional._checks import check_integer
 
@@ -85,12 +84,13 @@ class ResidualConvNet(nn.Module):
     """A residual network that keeps height and width and starts as zero, as RealNVP uses it.
 
     A 3x3 convolution, pre-activation residual blocks of two 3x3 convolutions, ReLU, and a 1x1
-    convolution that starts as zero. All but the last have weight normalization.
+    convolution that starts as zero.
 
-    The paper has batch normalization, too. Here there is none: it would make the density of a
-    sample depend on the rest of its batch in training, and be another function in evaluation.
-    The authors' code also feeds the input with both signs and the mask, and sums a 1x1
-    convolution of every block's output before the last layer.
+    Unlike the paper's, the network has no normalization. Batch normalization would make the
+    density of a sample depend on the rest of its batch in training, and be another function in
+    evaluation; weight normalization would leave the functions the same, and only how they are
+    learned would change. The authors' code also feeds the input with both signs and the mask,
+    and sums a 1x1 convolution of every block's output before the last layer.
 
     Args:
         c_in: The number of input channels.
@@ -109,8 +109,7 @@ class ResidualConvNet(nn.Module):
         ValueError: As for :class:`revlib.flows.MLP`.
 
     References:
-        Density estimation using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803;
-        Weight Normalization (Salimans and Kingma, 2016), https://arxiv.org/abs/1602.07868
+        Density estimation using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803
 
     Example:
         >>> net = revlib.flows.ResidualConvNet(3, 6, hidden=16)
@@ -123,8 +122,7 @@ class ResidualConvNet(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("ResidualConvNet", c_in=c_in, c_out=c_out, hidden=hidden, blocks=blocks)
-        first = WeightNormConv2d(c_in, hidden)
-        self.first = ConvWithContext("ResidualConvNet", first, context_channels)
+        self.first = ConvWithContext("ResidualConvNet", c_in, hidden, context_channels)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(blocks))
         self.last = starting_as_zero(nn.Conv2d(hidden, c_out, 1))
 
@@ -142,10 +140,9 @@ class GlowConvNet(nn.Module):
     A 3x3 convolution, ReLU, a 1x1 convolution, ReLU, and a 3x3 convolution.
 
     This is the network that the paper describes. The authors' code has activation normalization
-    in place of the first two biases: here these weights are drawn as He et al. (2015) do, so that
-    activations start with the variance of the input, without a first batch that decides it. It
-    also multiplies the output by exp(3 s) with a learned s for each channel, which lets the last
-    layer learn faster, and marks the border of the image by a channel of its own.
+    in place of the first two biases and a learned factor exp(3 s) on each output channel, neither
+    of which changes what functions the network can be; and for each 3x3 convolution an input
+    channel that marks the border of the image.
 
     Args:
         c_in: The number of input channels.
@@ -173,13 +170,9 @@ class GlowConvNet(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("GlowConvNet", c_in=c_in, c_out=c_out, hidden=hidden)
-        first = nn.Conv2d(c_in, hidden, 3, padding=1)
-        self.first = ConvWithContext("GlowConvNet", first, context_channels)
+        self.first = ConvWithContext("GlowConvNet", c_in, hidden, context_channels)
         self.middle = nn.Conv2d(hidden, hidden, 1)
         self.last = starting_as_zero(nn.Conv2d(hidden, c_out, 3, padding=1))
-        for conv in (first, self.middle):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.last(self.middle(self.first(x, context).relu_()).relu_())
@@ -190,43 +183,24 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = WeightNormConv2d(channels, channels)
-        self.second = WeightNormConv2d(channels, channels)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(self.first(x.relu()).relu_())
 
 
-class WeightNormConv2d(nn.Conv2d):
-    r"""A 3x3 convolution with weight normalization, :math:`w = g \cdot v / \|v\|`.
-
-    It starts as the plain convolution with the weights v. PyTorch's parametrization of that name
-    does the same, but a module that has it cannot be pickled.
-    """
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__(c_in, c_out, 3, padding=1)
-        self.gain = nn.Parameter(self._norm().detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * (self.gain / self._norm())
-        return F.conv2d(x, weight, self.bias, padding=self.padding)
-
-    def _norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
-
-
 class ConvWithContext(nn.Module):
-    """A convolution of the input, plus a 1x1 convolution of the context if there is one."""
+    """A 3x3 convolution of the input, plus a 1x1 convolution of the context if there is one."""
 
-    def __init__(self, net: str, conv: nn.Conv2d, context_channels: int) -> None:
+    def __init__(self, net: str, c_in: int, c_out: int, context_channels: int) -> None:
         super().__init__()
         check_integer(net, "context_channels", context_channels, 0, LARGEST)
         self.net = net
         self.context_channels = context_channels
-        self.conv = conv
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
         if context_channels:
-            self.context_conv = nn.Conv2d(context_channels, conv.out_channels, 1, bias=False)
+            self.context_conv = nn.Conv2d(context_channels, c_out, 1, bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         check_shape(self.net, "x", x, ("batch", self.conv.in_channels, "height", "width"))
