@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from revlib.autograd import is_altered
-from revlib.flows.adapters.layers import Called, Coupling, Steps, on_copy
+from revlib.flows.adapters.layers import (
+    Called,
+    Coupling,
+    Steps,
+    on_copy,
+    per_sample,
+    without_autocast,
+)
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.flows.sequential import FlowSequential
 from revlib.streams import Streams
@@ -129,18 +136,19 @@ class Mixing(FlowLayer):
         self.before = before
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        (block,) = self._block
-        if self.before:
-            return block._pre_permute(x), zeros(x)
-        y, log_det = block._permute(x)
-        return y, zeros(x) + log_det * x[0, 0].numel()
+        return self.mix(x, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.mix(z, inverse=True)
+
+    def mix(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         (block,) = self._block
-        if self.before:
-            return block._pre_permute(z, rev=True), zeros(z)
-        x, log_det = block._permute(z, rev=True)
-        return x, zeros(z) - log_det * z[0, 0].numel()
+        with without_autocast(x):
+            if self.before:
+                return block._pre_permute(x, rev=inverse), zeros(x)
+            y, log_det = block._permute(x, rev=inverse)
+        log_det = log_det * x[0, 0].numel()
+        return y, per_sample(-log_det if inverse else log_det, x)
 
 
 def check_one_condition(conditions: Collection[object]) -> None:

@@ -6,6 +6,7 @@ copies of an adapter then use their own copy of the module.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ See = Callable[[nn.Module, Tensor, Tensor | None], tuple[Any, ...]]
 
 
 class Called(FlowLayer):
-    """Calls a module whole: three evaluations in a step that rebuilds.
+    """Calls a module whole: three evaluations in a step that rebuilds, and those not in autocast.
 
     Args:
         module: The user's module.
@@ -56,7 +57,9 @@ class Called(FlowLayer):
         return self.call(z, context, inverse=True)
 
     def call(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        y, log_det = self._run(self.module, x, context, inverse != self.flip)
+        # What a short float would round away could not be rebuilt.
+        with nullcontext() if not self.cheap_inverse else without_autocast(x):
+            y, log_det = self._run(self.module, x, context, inverse != self.flip)
         return y, per_sample(log_det, x)
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
@@ -297,6 +300,10 @@ def on_copy(
 ) -> tuple[Tensor, Any]:
     """Runs a module that writes to what it is given."""
     return run(module, x.clone(), context, inverse)
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
