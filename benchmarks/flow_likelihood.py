@@ -40,15 +40,12 @@ class Plan:
     n_train: int = 20_000
     n_test: int = 1_000
     batch: int = 64
-    iterations: int = 800
+    iterations: int = 1000
     lr: float = 2e-3
     seeds: int = 3
-    rounds: int = 30
 
 
-QUICK = Plan(
-    size=8, steps=1, hidden=4, n_train=16, n_test=8, batch=4, iterations=2, seeds=2, rounds=2
-)
+QUICK = Plan(size=8, steps=1, hidden=4, n_train=16, n_test=8, batch=4, iterations=2, seeds=2)
 
 
 def build_ours(plan: Plan, policy: str) -> flows.Flow:
@@ -160,7 +157,7 @@ def pictures(data, plan) -> Pictures:
 
 
 @pytest.mark.benchmark(group="Glow trained on images")
-def bench_likelihood(benchmark, method, plan, pictures, data):
+def bench_likelihood(benchmark, method, plan, pictures, data, rounds):
     if method.startswith(PEER):
         sys.path.insert(0, str(FOLDER / method))
     bits = []
@@ -193,5 +190,5 @@ def bench_likelihood(benchmark, method, plan, pictures, data):
         model=trainee.model,
         optimizer=optimizer,
         against={name: step_of(build(name, plan, 0)) for name in ("store", "rebuild")},
-        rounds=plan.rounds,
+        rounds=rounds,
     )

@@ -17,7 +17,6 @@ from benchmarks.peers import FOLDER
 from revlib.benchmarking import measure
 
 DEPTHS = [4, 8, 16, 32]
-ROUNDS = 20
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,7 +42,7 @@ def build(request):
 
 
 @pytest.mark.benchmark(group="stack of Glow steps")
-def bench_training_step(benchmark, method, build, depth, quick, device):
+def bench_training_step(benchmark, method, build, depth, quick, rounds, device):
     x = make_input(device, batch=1 if quick else 16)
     model = build(depth).to(device)
     stored = METHODS["store"](depth).to(device)
@@ -51,4 +50,10 @@ def bench_training_step(benchmark, method, build, depth, quick, device):
 
     benchmark.extra_info["parameters"] = count_parameters(model)
     benchmark.extra_info["load average"] = os.getloadavg()[0]
-    measure(benchmark, training_step(model, x), model=model, against=against, rounds=ROUNDS)
+    measure(
+        benchmark,
+        training_step(model, x),
+        model=model,
+        against=against,
+        rounds=rounds,
+    )

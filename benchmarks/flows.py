@@ -35,11 +35,12 @@ PARTS = {
 }
 
 
-def suite(part: str, data: Path, results: Path, quick: bool) -> list[str]:
+def suite(part: str, results: Path, options: argparse.Namespace) -> list[str]:
     """Returns the command that runs a part and writes its results."""
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.flow_options"]
-    command += [str(HERE / f"flow_{part}.py"), "--data", str(data), "--benchmark-quiet"]
-    return [*command, "--benchmark-json", str(results), *(["--quick"] if quick else [])]
+    command += [str(HERE / f"flow_{part}.py"), "--data", str(options.data), "--benchmark-quiet"]
+    command += ["--benchmark-json", str(results), *(["--quick"] if options.quick else [])]
+    return command if options.times else [*command, "--no-times"]
 
 
 def run_peer(peer: str, command: Sequence[str], results: Path) -> None:
@@ -59,16 +60,18 @@ def main(arguments: Sequence[str]) -> int:
     for part in options.only:
         results = options.out / f"{part}.json"
         results.unlink(missing_ok=True)
-        command = suite(part, options.data, results, options.quick)
+        command = suite(part, results, options)
         failed |= subprocess.run([*command, "-v"]).returncode != 0
         written += [results] if results.exists() else []
         for peer in PARTS[part] if options.peers else []:
             print(f"{part}: {peer} ...", flush=True)
             results = options.out / f"{part}-{peer}.json"
             results.unlink(missing_ok=True)
-            run_peer(peer, suite(part, options.data, results, options.quick), results)
+            run_peer(peer, suite(part, results, options), results)
             written.append(results)
     report = read(written, shlex.join(["python", "-m", "benchmarks.flows", *arguments]))
+    if not options.times:
+        report.not_measured["times"] = "left out by --no-times, as on a busy machine"
     to_terminal(report, Console())
     for path in write(report, options.out):
         print(f"wrote {path}")
@@ -82,6 +85,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-flows"))
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="only ours")
     parser.add_argument("--quick", action="store_true", help="run all at sizes that tell nothing")
+    parser.add_argument(
+        "--no-times", dest="times", action="store_false", help="take no times: the machine is busy"
+    )
     options = parser.parse_args(arguments)
     if not options.data.is_file():
         parser.error(f"data must be an .npz file; got {options.data}")

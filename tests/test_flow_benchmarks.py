@@ -1,0 +1,156 @@
+"""The benchmarks of flows, run at sizes that tell nothing and without other libraries."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import flow_likelihood, flow_memory_limit, flow_rounding, flows
+from benchmarks.flow_images import batches, read_pictures
+from benchmarks.flow_stacks import METHODS, make_input, nll, training_step
+from revlib.memory import measure_step
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of 70 images of noise, in the form of CIFAR-10."""
+    path = tmp_path_factory.mktemp("data") / "noise.npz"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
+    labels = np.zeros(70, dtype=np.uint8)
+    np.savez(path, x_train=images, y_train=labels, x_test=images[:8], y_test=labels[:8])
+    return path
+
+
+def loss_and_gradients(model, x):
+    loss = nll(*model(x)).mean()
+    return [loss, *torch.autograd.grad(loss, model.parameters())]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_computes_the_same_step(method):
+    stack, stored = METHODS[method](2).double(), METHODS["store"](2).double()
+    x = make_input(torch.device("cpu"), batch=2).double()
+    nll(*stored(x))  # which sets the activation norms
+    for ours, its in zip(stack.state_dict().values(), stored.state_dict().values(), strict=True):
+        ours.copy_(its)
+
+    torch.testing.assert_close(loss_and_gradients(stack, x), loss_and_gradients(stored, x))
+
+
+def test_a_rebuilt_step_takes_the_same_memory_at_every_depth():
+    x = make_input(torch.device("cpu"), batch=1)
+    peaks = set()
+    for depth in (2, 3, 6):
+        model = METHODS["rebuild"](depth)
+        step = training_step(model, x)
+        step()
+        peaks.add(measure_step(step, model=model).peak.activations)
+
+    assert len(peaks) == 1
+
+
+def test_likelihood_is_that_of_the_change_of_variables():
+    x = torch.randn(3, 2, 1, 1)
+    scaled, log_det = 2 * x, torch.full((3,), 2 * np.log(2))
+
+    expected = -torch.distributions.Normal(0, 0.5).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(nll(scaled, log_det.float()), expected)
+
+
+def test_images_are_averaged_to_the_size_asked_for(data):
+    pictures = read_pictures(data, size=16, n_train=5, n_test=2)
+
+    images = np.load(data)["x_train"][:5]
+    means = images.reshape(5, 16, 2, 16, 2, 3).mean((2, 4)).round()
+    assert pictures.train.shape == (5, 3, 16, 16) and pictures.test.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(pictures.train, torch.tensor(means).movedim(-1, 1).float())
+
+
+def test_images_that_cannot_be_averaged_are_refused(data):
+    with pytest.raises(ValueError, match="sides must be multiples of 20; got"):
+        read_pictures(data, size=20, n_train=5, n_test=2)
+
+
+def test_two_models_get_the_same_batches(data):
+    pixels = read_pictures(data, size=8, n_train=5, n_test=0).train
+
+    ours, theirs = (
+        torch.stack(list(batches(pixels, 2, 3, torch.Generator().manual_seed(1)))) for _ in "ab"
+    )
+
+    assert torch.equal(ours, theirs)
+    assert ours.min() >= -0.5 and ours.max() <= 0.5
+
+
+def test_bits_per_dim_of_a_uniform_model_are_8(data):
+    plan = flow_likelihood.QUICK
+    pixels = read_pictures(data, plan.size, n_train=5, n_test=0).train
+    uniform = flow_likelihood.Trainee(nn.Identity(), lambda x: torch.tensor(0.0))
+
+    assert flow_likelihood.bits_per_dim(uniform, plan, pixels) == pytest.approx(8)
+
+
+def test_training_lowers_bits_per_dim(data):
+    plan = flow_likelihood.Plan(size=8, steps=1, hidden=4, batch=8, iterations=20, lr=0.01)
+    pixels = read_pictures(data, plan.size, n_train=32, n_test=0).train
+    trainee = flow_likelihood.build("rebuild", plan, seed=0)
+    trainee.nll(pixels / 256 - 0.5)  # which sets the activation norms
+    before = flow_likelihood.bits_per_dim(trainee, plan, pixels)
+
+    flow_likelihood.train(trainee, plan, pixels, seed=0)
+
+    assert flow_likelihood.bits_per_dim(trainee, plan, pixels) < before - 0.02
+
+
+def test_rebuilt_gradients_are_within_rounding_of_stored_ones():
+    plan = flow_rounding.QUICK
+    x = torch.rand(4, 3, plan.size, plan.size) - 0.5
+    stored, rebuilt = (flow_rounding.build(plan, 4, policy) for policy in ("store", "rebuild"))
+    stored.nll(x)
+    rebuilt.load_state_dict(stored.state_dict())
+
+    gradients = [flow_rounding.gradients(flow, x) for flow in (rebuilt, stored)]
+
+    assert flow_rounding.relative_error(*gradients) < 1e-5
+
+
+@pytest.mark.slow
+def test_under_one_cap_storing_runs_out_of_memory_and_rebuilding_trains(data):
+    stored, rebuilt = (
+        flow_memory_limit.train_apart(True, policy, data, torch.device("cpu"))
+        for policy in ("store", "rebuild")
+    )
+
+    assert stored.error == "out of memory in step 1"
+    assert rebuilt.error is None
+    assert len(rebuilt.bits_per_dim) == flow_memory_limit.QUICK.iterations
+
+
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one():
+    assert not flow_memory_limit.is_out_of_memory(RuntimeError("log_prob must stay finite"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["steps", "likelihood", "rounding"])
+def test_a_part_runs_and_reports_alone(part, data, tmp_path):
+    arguments = [str(data), "--only", part, "--out", str(tmp_path), "--no-peers", "--quick"]
+
+    assert flows.main(arguments) == 0
+
+    (report,) = tmp_path.glob("*.md")
+    measured = json.loads((tmp_path / f"{part}.json").read_text())
+    assert "benchmarks.flows" in report.read_text()
+    assert measured["benchmarks"] and not measured["not_measured"]
+
+
+def test_a_library_that_cannot_be_installed_is_told_of(tmp_path, monkeypatch):
+    results = tmp_path / "steps-nothing.json"
+    monkeypatch.setattr(flows, "install", lambda peer: f"ERROR: no {peer}")
+
+    flows.run_peer("nothing==1", [], results)
+
+    told = json.loads(results.read_text())
+    assert told == {"benchmarks": [], "not_measured": {"nothing==1": "ERROR: no nothing==1"}}
