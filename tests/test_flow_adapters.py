@@ -28,6 +28,9 @@ pytestmark = [
 ADAPTERS = {"nflows": from_nflows, "normflows": from_normflows, "FrEIA": from_freia}
 
 
+both_directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+
+
 def own(case, module, x, context, *, inverse=False):
     """Runs a module as its own library does, from data to latent or back."""
     x = x.clone()  # some modules write to it
@@ -95,7 +98,7 @@ def make(name):
     return case, vary(case.make())
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@both_directions
 @cases()
 def test_results_and_gradients_are_those_of_the_users_module(name, inverse):
     case, module = make(name)
@@ -112,7 +115,34 @@ def test_results_and_gradients_are_those_of_the_users_module(name, inverse):
     assert_equal(got, want)
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_a_transform_of_the_users_own_is_called_whole_three_times():
+    transforms = pytest.importorskip("nflows.transforms")
+
+    class Shift(transforms.Transform):
+        def __init__(self):
+            super().__init__()
+            self.net = Network(2, 2, plain=True)
+
+        def forward(self, inputs, context=None):
+            kept, x = inputs.chunk(2, 1)
+            return torch.cat((kept, x + self.net(kept)), 1), inputs.new_zeros(len(inputs))
+
+        def inverse(self, inputs, context=None):
+            kept, x = inputs.chunk(2, 1)
+            return torch.cat((kept, x - self.net(kept)), 1), inputs.new_zeros(len(inputs))
+
+    module = Shift().double()
+    reference = copy.deepcopy(module)
+    x = torch.randn(6, 4, dtype=torch.double, requires_grad=True)
+
+    want = step(lambda x, _: reference(x), x, None, reference)
+    got = step(from_nflows(module), x, None, module)
+
+    assert_equal(got, want)
+    assert module.net.evaluations == 3
+
+
+@both_directions
 @pytest.mark.parametrize(
     "name", ["nflows-spline-unconditional", "freia-GLOWCouplingBlock", "freia-AllInOneBlock"]
 )
@@ -136,7 +166,7 @@ def test_networks_that_change_buffers_may_run_twice_before_backward(name, invers
     assert_equal(got, want)
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@both_directions
 @cases(lambda case: case.evaluations)
 def test_each_network_is_evaluated_so_often(name, inverse):
     case, module = make(name)
@@ -185,7 +215,7 @@ def plain_chain(kind, depth):
     return from_freia(sequence)
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@both_directions
 @plain_kinds
 def test_rebuilt_gradients_are_the_stored_ones_under_autocast(kind, inverse):
     chain = plain_chain(kind, 4)
@@ -209,7 +239,7 @@ def test_rebuilt_gradients_are_the_stored_ones_under_autocast(kind, inverse):
             assert error.norm() <= 4 * allowed.norm(), name
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@both_directions
 @plain_kinds
 def test_peak_memory_does_not_grow_with_depth(kind, inverse, monkeypatch):
     # The peak needs no hooks, under which what nflows writes in place keeps itself alive.
@@ -402,6 +432,26 @@ def test_modules_of_freia_with_several_tensors_are_refused():
 
     with pytest.raises(ValueError, match="from one tensor to one tensor; Split does not"):
         from_freia(modules.Split([(4,)]))
+
+
+def test_a_graph_of_freia_with_two_inputs_is_refused():
+    ff = pytest.importorskip("FrEIA.framework")
+    modules = pytest.importorskip("FrEIA.modules")
+    inputs = [ff.InputNode(2), ff.InputNode(3)]
+    both = ff.Node([node.out0 for node in inputs], modules.Concat, {})
+    graph = ff.GraphINN([*inputs, both, ff.OutputNode(both)])
+
+    with pytest.raises(ValueError, match=r"one input and one output; got 2 and 1"):
+        from_freia(graph)
+
+
+def test_merges_of_normflows_by_a_checkerboard_are_refused():
+    nf = pytest.importorskip("normflows")
+    bases = [nf.distributions.DiagGaussian(2), nf.distributions.DiagGaussian(2)]
+    model = nf.MultiscaleFlow(bases, [[], []], [nf.flows.Merge("checkerboard")])
+
+    with pytest.raises(ValueError, match="mode 'channel'; got 'checkerboard'"):
+        from_normflows(model)
 
 
 def test_several_conditions_of_freia_are_refused():
