@@ -180,7 +180,7 @@ def bench_likelihood(benchmark, method, plan, pictures, data, rounds):
             "held-out bits/dim": statistics.mean(bits),
             "its standard error": statistics.stdev(bits) / len(bits) ** 0.5,
             **{f"bits/dim, seed {seed}": each for seed, each in enumerate(bits)},
-            "parameters": count_parameters(trainee.model),
+            "parameters": f"{count_parameters(trainee.model):,}",
             "trained on": f"{data.name}, {plan.iterations} batches of {plan.batch}",
         }
     )

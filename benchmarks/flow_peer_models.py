@@ -11,8 +11,8 @@ from benchmarks.flow_stacks import CHANNELS, conditioner
 
 HIDDEN = 64
 NOTES = {
-    "FrEIA": "fixed rotations for 1x1 convolutions",
-    "zuko": "an MLP at each pixel for convolutions",
+    "FrEIA": "fixed rotations",  # for learned 1x1 convolutions
+    "zuko": "MLPs per pixel",  # for conditioners that are convolutions
 }
 
 

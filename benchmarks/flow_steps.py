@@ -48,7 +48,7 @@ def bench_training_step(benchmark, method, build, depth, quick, rounds, device):
     stored = METHODS["store"](depth).to(device)
     against = {"store": training_step(stored, x)}
 
-    benchmark.extra_info["parameters"] = count_parameters(model)
+    benchmark.extra_info["parameters"] = f"{count_parameters(model):,}"
     benchmark.extra_info["load average"] = os.getloadavg()[0]
     measure(
         benchmark,
