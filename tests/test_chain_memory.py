@@ -4,8 +4,9 @@ import pytest
 import torch
 from chains import Rotation
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential
+from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential, flows
 from revlib.memory import StepMemory, measure_step
 from revlib.models import RevNet
 
@@ -93,3 +94,58 @@ def test_revnet_memory_grows_with_its_stages_and_not_with_its_blocks():
         return measure_step(lambda: model(x).sum().backward(), model=model).peak.activations
 
     assert peak(6) == peak(12)
+
+
+LOG_DET = BATCH * 4  # bytes, float32
+
+
+def glow_step() -> list[flows.FlowLayer]:
+    half = CHANNELS // 2
+    net = nn.Sequential(nn.Conv2d(half, half, 3, padding=1), nn.Tanh(), nn.Conv2d(half, 8, 1))
+    return [flows.ActNorm(CHANNELS), flows.InvertibleConv1x1(CHANNELS), flows.AffineCoupling(net)]
+
+
+def measure_flow(
+    steps: int, policy: str, *, inverse: bool = False, splits: bool = False
+) -> StepMemory:
+    layers = [layer for _ in range(steps) for layer in glow_step()]
+    if splits:
+        halved = nn.Conv2d(CHANNELS // 2, CHANNELS, 1)
+        layers += [flows.Split(halved), *(flows.ActNorm(CHANNELS // 2) for _ in range(steps))]
+    chain = flows.FlowSequential(*layers, policy=policy)
+    x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
+    with torch.no_grad():
+        z, _ = chain(x)
+    start = z if inverse else x
+    run = chain.inverse if inverse else chain
+
+    # Sums keep nothing of what leaves.
+    return measure_step(
+        lambda: sum(part.sum() for part in tree_leaves(run(start))).backward(), model=chain
+    )
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("splits", [False, True], ids=["", "multi-scale"])
+def test_peak_activation_bytes_of_a_flow_do_not_grow_with_depth(splits, inverse):
+    peaks = {
+        measure_flow(steps, "rebuild", inverse=inverse, splits=splits).peak.activations
+        for steps in (2, 3, 9)
+    }
+
+    assert len(peaks) == 1
+
+
+@pytest.mark.parametrize("splits", [False, True], ids=["", "multi-scale"])
+def test_saved_bytes_of_a_flow_are_those_of_what_leaves_at_any_depth(splits):
+    for steps in (1, 4, 8):
+        saved = measure_flow(steps, "rebuild", splits=splits).saved
+        assert saved.activations == STREAM + LOG_DET
+
+
+def test_peak_of_a_flow_is_at_most_a_tenth_above_the_streams_and_one_steps_working_set():
+    working_set = measure_flow(1, "store").peak.activations - STREAM
+
+    peak = measure_flow(8, "rebuild").peak.activations
+
+    assert peak <= 1.10 * (STREAM + STREAM + working_set)
