@@ -25,7 +25,6 @@ class Classification:
     epoch, progress, result = Epoch, Progress, Result
     speed = "images_per_second"
     measures_memory = False
-    clip = None
     totals = 2
 
     def __init__(self, settings: Settings) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from revlib import flows
 from revlib.train.errors import InputError
-from revlib.train.pictures import draw_density, draw_images
+from revlib.train.pictures import draw_images, draw_points
 from revlib.train.randomness import shuffled
 from revlib.train.results import DensityEpoch, DensityProgress, DensityResult
 from revlib.train.samples import Samples, load_samples
@@ -33,7 +33,6 @@ class Density:
     epoch, progress, result = DensityEpoch, DensityProgress, DensityResult
     speed = "samples_per_second"
     measures_memory = True
-    clip = 100.0
     totals = 1
 
     def __init__(self, settings: Settings) -> None:
@@ -55,7 +54,7 @@ class Density:
         )
         if data.levels is not None:
             return flow
-        std, mean = torch.std_mean(data.x_train.double(), 0)
+        std, mean = torch.std_mean(data.x_train.double(), 0, correction=0)
         standardised = flows.FlowSequential(
             flows.Affine(mean.float(), std.float()), *flow.transform, policy=settings.policy
         )
@@ -89,7 +88,7 @@ class Density:
         if self.data.levels is not None:
             temperature = TEMPERATURES.get(self.settings.model, 1.0)
             return draw_images(model, x, self.data.levels, temperature)
-        return {"density": draw_density(model, x)} if self.data.shape == (2,) else {}
+        return draw_points(model, x) if self.data.shape == (2,) else {}
 
 
 def complete(settings: Settings, data: Samples) -> Settings:

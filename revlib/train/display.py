@@ -27,7 +27,7 @@ def progress_bar(epochs: int) -> Iterator[Callable[[AnyProgress], None]]:
         fields = {
             "epoch": min(len(progress.history) + 1, epochs),
             "epochs": epochs,
-            "now": str(progress),
+            "now": progress.line(),
         }
         if bar.tasks:
             bar.update(bar.task_ids[0], completed=progress.step, **fields)
@@ -35,9 +35,8 @@ def progress_bar(epochs: int) -> Iterator[Callable[[AnyProgress], None]]:
             bar.start()  # Not earlier: an error before the first step needs no empty bar above it.
             bar.add_task("", total=progress.steps, completed=progress.step, **fields)
         if progress.history and progress.history[-1].step == progress.step:
-            epoch = progress.history[-1]
-            line = f"epoch {epoch.epoch:>{len(str(epochs))}}/{epochs}  {epoch}"
-            bar.console.print(line, highlight=False)
+            number = f"{len(progress.history):>{len(str(epochs))}}/{epochs}"
+            bar.console.print(f"epoch {number}  {progress.epoch_line()}", highlight=False)
 
     try:
         yield show

@@ -173,8 +173,6 @@ class Run:
             samples = self.task.batch(part, self.accelerator.device, training=True)
             with self.accelerator.accumulate(self.model):
                 self._backward(samples, self.totals)
-                if self.task.clip is not None and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.task.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.state.step += 1
@@ -244,7 +242,7 @@ class Run:
         training = model.training
         model.eval()
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices):
             torch.manual_seed(derive_seed(self.settings.seed, "pictures"))
             pictures = self.task.draw(model)
         model.train(training)

@@ -16,9 +16,10 @@ N_SAMPLES, N_PAIRS, N_STEPS = 64, 8, 8
 N_RECONSTRUCTIONS = 16
 COLUMNS = 8
 CELL = 64  # Pixels: smaller images are magnified as far as that allows.
-GRID = 200  # Points on each side at which a density is evaluated.
+GRID = 200  # Points along each axis at which a density is evaluated.
 
 
+@torch.no_grad()
 def draw_images(flow: Flow, x: Tensor, levels: int, temperature: float) -> dict[str, bytes]:
     """Draws samples, reconstructions and interpolations.
 
@@ -33,37 +34,54 @@ def draw_images(flow: Flow, x: Tensor, levels: int, temperature: float) -> dict[
         latents; and `interpolations`, each row from one image to another. A picture is missing if
         its numbers are not finite.
     """
-    pictures: dict[str, Callable[[], Tensor]] = {
+    images: dict[str, Callable[[], Tensor]] = {
         "samples": lambda: flow.sample(N_SAMPLES, temperature=temperature),
         "reconstructions": lambda: _reconstruct(flow, x[:N_RECONSTRUCTIONS]),
         "interpolations": lambda: _interpolate(flow, x[:N_PAIRS]),
     }
+    return _finite(
+        {name: lambda make=make: grid_png(make() / (levels - 1)) for name, make in images.items()}
+    )
+
+
+@torch.no_grad()
+def draw_points(flow: Flow, x: Tensor) -> dict[str, bytes]:
+    """Draws the density of a flow of points in the plane, and over it the points `[N, 2]`.
+
+    Returns:
+        By the name `density`; nothing if its numbers are not finite.
+    """
+    return _finite({"density": lambda: density_png(flow, x)})
+
+
+def _finite(pictures: dict[str, Callable[[], bytes]]) -> dict[str, bytes]:
+    """Makes the pictures that can be made: a flow may train well and yet overflow elsewhere."""
     files = {}
     for name, make in pictures.items():
         try:
-            files[name] = grid_png(make() / (levels - 1))
+            files[name] = make()
         except NonFiniteError as error:
-            warnings.warn(f"no picture of {name}: {error}", stacklevel=2)
+            warnings.warn(f"no picture of {name}: {error}", stacklevel=3)
     return files
 
 
-def draw_density(flow: Flow, x: Tensor) -> bytes:
-    """Draws the density of a flow of points in the plane, and over it the points `[N, 2]`."""
+def density_png(flow: Flow, x: Tensor) -> bytes:
+    """Draws the density around points `[N, 2]`, and the first 500 of them over it."""
     low, high = x.amin(0), x.amax(0)
     margin = 0.15 * (high - low)
-    x_axis, y_axis = (
-        torch.linspace(*ends, GRID, device=x.device)
-        for ends in zip((low - margin).tolist(), (high + margin).tolist(), strict=True)
-    )
-    places = torch.cartesian_prod(x_axis, y_axis)
-    density = flow.log_prob(places).exp().view(GRID, GRID).T.cpu()
+    ends = torch.stack((low - margin, high + margin), 1).tolist()
+    axis_1, axis_2 = (torch.linspace(*each, GRID, device=x.device) for each in ends)
+    density = flow.log_prob(torch.cartesian_prod(axis_1, axis_2)).exp().view(GRID, GRID)
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    mesh = axes.pcolormesh(x_axis.cpu(), y_axis.cpu(), density, cmap="Blues", rasterized=True)
-    axes.plot(*x[:500].T.cpu(), ".", color="#d55e00", ms=2, alpha=0.6, label="held-out points")
+    extent = [*ends[0], *ends[1]]
+    picture = axes.imshow(density.T.cpu().numpy(), origin="lower", extent=extent, cmap="Blues")
+    points = x[:500].cpu().numpy()
+    axes.plot(*points.T, ".", color="#d55e00", ms=2, alpha=0.6, label="held-out points")
     axes.legend(loc="upper right", frameon=False)
-    figure.colorbar(mesh, label="density")
+    axes.set_aspect("auto")
+    figure.colorbar(picture, label="density")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()

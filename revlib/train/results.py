@@ -25,12 +25,6 @@ class Epoch:
     test_loss: float
     test_accuracy: float
 
-    def __str__(self) -> str:
-        return (
-            f"train loss {self.train_loss:.4f} accuracy {self.train_accuracy:.1%}"
-            f"  test loss {self.test_loss:.4f} accuracy {self.test_accuracy:.1%}"
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class DensityEpoch:
@@ -53,10 +47,6 @@ class DensityEpoch:
     test_bits_per_dim: float | None = None
     peak_activation_mib: float
 
-    def __str__(self) -> str:
-        train = _density(self.train_nll, self.train_bits_per_dim)
-        return f"train {train}  test {_density(self.test_nll, self.test_bits_per_dim)}"
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -77,10 +67,19 @@ class Progress:
     images_per_second: float
     history: Sequence[Epoch]
 
-    def __str__(self) -> str:
+    def line(self) -> str:
+        """Says where it stands."""
         return (
             f"loss {self.loss:.4f} accuracy {self.accuracy:.1%} "
             f"{self.images_per_second:,.0f} images/s"
+        )
+
+    def epoch_line(self) -> str:
+        """Says what the latest epoch has come to."""
+        epoch = self.history[-1]
+        return (
+            f"train loss {epoch.train_loss:.4f} accuracy {epoch.train_accuracy:.1%}"
+            f"  test loss {epoch.test_loss:.4f} accuracy {epoch.test_accuracy:.1%}"
         )
 
 
@@ -105,11 +104,20 @@ class DensityProgress:
     peak_activation_mib: float
     history: Sequence[DensityEpoch]
 
-    def __str__(self) -> str:
-        return (
-            f"{_density(self.nll, self.bits_per_dim)} {self.samples_per_second:,.0f} samples/s "
-            f"{self.peak_activation_mib:,.1f} MiB"
-        )
+    def line(self) -> str:
+        """Says where it stands."""
+        return f"{_density(self.nll, self.bits_per_dim)} {self._cost()}"
+
+    def epoch_line(self) -> str:
+        """Says what the latest epoch has come to."""
+        epoch = self.history[-1]
+        train = _density(epoch.train_nll, epoch.train_bits_per_dim)
+        test = _density(epoch.test_nll, epoch.test_bits_per_dim)
+        return f"train {train}  test {test}  {self._cost()}"
+
+    def _cost(self) -> str:
+        speed = f"{self.samples_per_second:,.0f} samples/s"
+        return f"{speed} {self.peak_activation_mib:,.2f} MiB"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ class Task(Protocol):
         result: The class that holds those of a run at its end.
         speed: What the last two call the samples per second.
         measures_memory: Whether the peak activations of a step are one of the figures.
-        clip: The largest norm of the gradient that is not scaled down; None for any.
         totals: How many numbers `loss` adds up.
     """
 
@@ -43,7 +42,6 @@ class Task(Protocol):
     result: type[AnyResult]
     speed: str
     measures_memory: bool
-    clip: float | None
     totals: int
 
     def build_model(self) -> nn.Module:

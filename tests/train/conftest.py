@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from training_runs import BATCH_SIZE, STEPS_PER_EPOCH
 
+import revlib
 from revlib.train import Settings, classification, train
 
 
@@ -66,6 +67,48 @@ def finished(make_settings, tmp_path_factory) -> Settings:
     settings = make_settings(tmp_path_factory.mktemp("finished") / "run")
     train(settings)
     return settings
+
+
+@pytest.fixture(scope="session")
+def make_flow_settings(arrays, tmp_path_factory) -> Callable[..., Settings]:
+    """A run of a flow with all that a resumed run could get wrong: noise, ActNorm, pictures."""
+    data = tmp_path_factory.mktemp("data") / "unlabelled.npz"
+    np.savez(data, x_train=arrays["x_train"], x_test=arrays["x_test"])
+    small = {
+        "data": str(data),
+        "model": "glow",
+        "levels": 2,
+        "flow_steps": 1,
+        "hidden": 4,
+        "epochs": 2,
+        "batch_size": BATCH_SIZE,
+    }
+    return lambda out, **changes: Settings(out=out, **(small | changes))
+
+
+@pytest.fixture
+def flow_settings(make_flow_settings, tmp_path) -> Settings:
+    return make_flow_settings(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def finished_flow(make_flow_settings, tmp_path_factory) -> Settings:
+    """A run of a flow that nothing interrupted; no test may write into its folder."""
+    settings = make_flow_settings(tmp_path_factory.mktemp("finished") / "run")
+    with revlib.use_kernels(False):  # As in every test: this fixture comes before that one.
+        train(settings)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def vectors(tmp_path_factory) -> Path:
+    """Vectors of three numbers that depend on each other, far from 0 and of unlike spread."""
+    path = tmp_path_factory.mktemp("data") / "vectors.npz"
+    x = np.random.default_rng(0).normal(size=(STEPS_PER_EPOCH * BATCH_SIZE + 40, 3))
+    x[:, 1:] += 2 * x[:, :1]
+    x = x * (0.1, 1, 10) + (5, 0, -50)
+    np.savez(path, x_train=x[40:], x_test=x[:40])
+    return path
 
 
 @pytest.fixture

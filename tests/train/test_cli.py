@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import signal
 import sys
@@ -70,6 +71,28 @@ def test_finished_run_shows_its_accuracy_and_its_folder(run, settings, linear_mo
     assert status == 0
 
 
+def test_finished_flow_shows_its_figures(run, flow_settings):
+    status, output, _ = run(*options(flow_settings))
+
+    summary = json.loads((flow_settings.out / "summary.json").read_text())
+    rows = [[part.strip() for part in line.split("│")[1:-1]] for line in output.splitlines()]
+    shown = dict(row for row in rows if row)
+    assert shown["test bits/dim"] == f"{summary['test_bits_per_dim']:.4f}"
+    assert shown["train bits/dim"] == f"{summary['train_bits_per_dim']:.4f}"
+    assert shown["samples/s in training"] == f"{summary['samples_per_second']:,.0f}"
+    assert shown["peak activations"] == f"{summary['peak_activation_mib']:.2f} MiB"
+    assert status == 0
+
+
+def test_every_epoch_of_a_flow_leaves_a_line(run, flow_settings):
+    _, _, progress = run(*options(flow_settings))
+
+    lines = [line for line in progress.splitlines() if " test " in line]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    for figure in ("bits/dim", "samples/s", "MiB"):
+        assert all(figure in line for line in lines)
+
+
 def test_path_is_shown_as_it_is(run, settings, linear_model):
     out = settings.out.with_name("[bold]")
 
@@ -113,6 +136,9 @@ BAD_INPUT = [
         "--data must be digits, an .npz file or a folder of images; got 'no/",
     ),
     (["--image-size", "4"], "--image-size is for a folder of images; got data "),
+    (["--hidden", "8"], "--hidden is a choice that revnet38 does not have; got 8"),
+    (["--flow-steps", "0"], "--flow-steps must be at least 1; got 0"),
+    (["--data", "two_moons"], "--data must be digits, an .npz file or a folder of images; got "),
     (["--mixed-precision", "fp16"], "--mixed-precision must be one that this machine can do"),
     (["--out", __file__], "--out must be a folder that can be written; got "),
     (["--out", f"{__file__}/run"], "--out must be a folder that can be written; got "),
@@ -168,6 +194,14 @@ def test_divergence_gets_one_line_and_status_1(run, settings, linear_model):
     last_line = errors.splitlines()[-1]
     assert last_line.startswith(("revlib: loss must", "revlib: weights must"))
     assert last_line.endswith("; lower --lr, and use another --out")
+    assert status == 1
+
+
+def test_divergence_of_a_flow_gets_one_line_that_names_the_layer(run, flow_settings):
+    status, _, errors = run(*options(flow_settings), "--lr", "1e30")
+
+    line = r"revlib: log_det must stay finite; block \d+ \(\w+\) made .* at step 1; lower --lr, .*"
+    assert re.fullmatch(line, errors.splitlines()[-1])
     assert status == 1
 
 

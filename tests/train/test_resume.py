@@ -117,6 +117,31 @@ def test_finished_run_resumes_to_itself(settings, finished):
     assert_same_run(settings.out, finished.out)
 
 
+# Step 0 is before the first batch, from which ActNorm starts and after which memory is measured.
+@pytest.mark.parametrize("step", [0, 1, STEPS_PER_EPOCH, MID_EPOCH])
+def test_flow_that_was_killed_resumes_to_the_same_bits(flow_settings, finished_flow, step):
+    def die(progress):
+        if progress.step == max(step, 1):
+            raise RuntimeError
+
+    settings = dataclasses.replace(flow_settings, checkpoint_every=step or 100, picture_every=3)
+    with pytest.raises(RuntimeError):
+        train(settings, on_progress=die)
+    assert latest_step(settings.out) == step
+
+    train(settings, resume=True)
+
+    assert_same_run(settings.out, finished_flow.out)
+
+
+def test_finished_flow_resumes_to_itself(flow_settings, finished_flow):
+    shutil.copytree(finished_flow.out, flow_settings.out, symlinks=True)
+
+    train(flow_settings, resume=True)
+
+    assert_same_run(flow_settings.out, finished_flow.out)
+
+
 @every_signal
 def test_signal_handler_is_put_back(settings, linear_model, number):
     before = signal.getsignal(number)

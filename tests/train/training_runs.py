@@ -76,7 +76,8 @@ def _read(out: Path) -> dict[str, object]:
         "param_groups": optimizer["param_groups"],
         **load_file(latest / "model.safetensors"),
         **{
-            f"momentum {number}": state["momentum_buffer"]
+            f"{name} {number}": value
             for number, state in optimizer["state"].items()
+            for name, value in state.items()
         },
     }
