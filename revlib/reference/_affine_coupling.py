@@ -89,7 +89,11 @@ def log_scale_slope(raw: Tensor, scale: str, clamp: float) -> Tensor:
 
 
 def raw_and_shift(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views of the raw log-scale and the shift in the conditioner's output."""
+    """The raw log-scale and the shift in the conditioner's output, in float32 or wider.
+
+    In half precision exp(s) and exp(-s) would be two roundings that do not undo each other.
+    """
+    h = h.to(torch.promote_types(h.dtype, torch.float32))
     if interleaved:
         return h[:, 0::2], h[:, 1::2]
     return h.chunk(2, 1)
