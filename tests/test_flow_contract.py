@@ -272,6 +272,17 @@ def test_half_precision_keeps_its_dtype_with_a_log_det_in_float32(case, dtype, d
     assert args[0].grad.dtype == dtype
 
 
+@both_directions
+def test_log_det_of_a_half_precision_chain_that_keeps_volume_is_float32(direction, device):
+    chain = FlowSequential(flows.AdditiveCoupling(mlp(3)), flows.Permutation.reverse(6))
+    x = torch.ones(5, 6, dtype=torch.bfloat16, device=device)
+
+    _, log_det = getattr(chain.bfloat16().to(device), direction)(x)
+
+    assert log_det.dtype == torch.float32
+    assert not log_det.any()
+
+
 @every_flow_case
 @both_directions
 def test_autocast_widens_half_precision_and_keeps_the_log_det_in_float32(case, direction, device):

@@ -149,6 +149,18 @@ def test_a_trained_state_dict_is_not_initialised_anew(assign):
     assert_equal(parameters(layer), parameters(trained))
 
 
+def test_a_state_dict_that_was_trained_to_zeros_is_not_initialised_anew():
+    layer, trained = make_layer(), trained_layer()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.zero_()
+
+    layer.load_state_dict(trained.state_dict())
+    layer(batch(2))
+
+    assert_equal(parameters(layer), parameters(trained))
+
+
 def test_an_untrained_state_dict_is_initialised_by_the_next_batch():
     layer, other = trained_layer(), make_layer()
 
