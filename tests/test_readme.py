@@ -1,14 +1,21 @@
-"""The README's example runs as it stands, and saves the memory that the page speaks of."""
+"""The examples on the pages run as they stand, and save the memory that the pages speak of."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from revlib import ReversibleSequential
 from revlib.memory import measure_step
 
 README = Path(__file__).parent.parent / "README.md"
+FLOWS = README.parent / "docs" / "flows.md"
+
+
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_the_first_example_runs_and_its_memory_is_flat():
@@ -38,3 +45,43 @@ def test_the_example_of_fused_ops_rebuilds_the_input():
     exec(compile(example, "README.md", "exec"), names)
 
     torch.testing.assert_close(names["x"], given, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_of_flows_trains_and_draws():
+    (example,) = (code for code in examples(README) if "flows.glow" in code)
+    names = {}
+
+    exec(compile(example, "README.md", "exec"), names)
+
+    assert names["samples"].shape == (4, 3, 16, 16)
+    assert all(p.grad is not None for p in names["flow"].parameters())
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_on_flows_run_in_order_and_its_figures_are_right():
+    names = {}
+
+    for example in examples(FLOWS):
+        exec(compile(example, "flows.md", "exec"), names)
+
+    held_out = names["ring"](1000)
+    trained = names["trained"].log_prob(held_out).mean()
+    assert (
+        trained > MultivariateNormal(held_out.mean(0), held_out.T.cov()).log_prob(held_out).mean()
+    )
+    rows = re.findall(
+        r"^\| (store|recompute|rebuild) \| (.*?) \| (.*) \|$", FLOWS.read_text(), re.M
+    )
+    assert len(rows) == 6
+    for policy, loss, figures in rows:
+        for steps, figure in zip((4, 8, 16), figures.split(" | "), strict=True):
+            assert f"{names['peak'](policy, loss, steps):.2f}" == figure, (policy, loss, steps)
+
+
+def test_the_figures_of_flows_are_those_of_their_page():
+    rows = re.findall(r"^\| (likelihood|reverse KL), (.*?) \| (.*) \|$", README.read_text(), re.M)
+
+    assert len(rows) == 4
+    for loss, kept, figures in rows:
+        policy = {"stored": "store", "rebuilt": "rebuild"}[kept]
+        assert f"| {policy} | {loss} | {figures} |" in FLOWS.read_text()
