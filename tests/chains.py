@@ -252,30 +252,13 @@ CASES = {
 }
 
 
-def over(
-    *, without: Callable[[Case], bool] = lambda case: False, failing: dict[str, str] | None = None
-) -> pytest.MarkDecorator:
-    """Runs a test over all cases but those that `without` tells; `failing` says why some fail."""
-    failing = failing or {}
-    return pytest.mark.parametrize(
-        "case",
-        [
-            pytest.param(case, id=name, marks=[pytest.mark.xfail(reason=failing[name])])
-            if name in failing
-            else pytest.param(case, id=name)
-            for name, case in CASES.items()
-            if not without(case)
-        ],
-    )
+def over(*, without: Callable[[Case], bool] = lambda case: False) -> pytest.MarkDecorator:
+    """Runs a test over all cases but those that `without` tells."""
+    cases = {name: case for name, case in CASES.items() if not without(case)}
+    return pytest.mark.parametrize("case", cases.values(), ids=cases)
 
 
 every_case = over()
-every_case_that_survives_autocast = over(
-    failing=dict.fromkeys(
-        ["flow", "flow-context", "flow-spline-checkerboard", "flow-nested", "flow-multi-scale"],
-        "the reference of a coupling computes scales in bfloat16, and cannot undo them",
-    )
-)
 every_invertible_case = over(without=lambda case: case is CASES["mixed-blocks"])
 # nn.Sequential passes one tensor.
 every_sequential_case = over(

@@ -20,7 +20,6 @@ from chains import (
     coupling,
     dropping,
     every_case,
-    every_case_that_survives_autocast,
     every_checkpointable_case,
     every_invertible_case,
     every_picklable_case,
@@ -277,7 +276,7 @@ def autocast_error(
     )
 
 
-@every_case_that_survives_autocast
+@every_case
 def test_autocast_gradients_equal_those_of_the_stored_autocast_run(case, device):
     chain = case.make(device).float()
     stored = stored_twin(case.make(device)).float()

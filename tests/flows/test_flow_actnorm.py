@@ -149,18 +149,6 @@ def test_a_trained_state_dict_is_not_initialised_anew(assign):
     assert_equal(parameters(layer), parameters(trained))
 
 
-def test_a_state_dict_that_was_trained_to_zeros_is_not_initialised_anew():
-    layer, trained = make_layer(), trained_layer()
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter.zero_()
-
-    layer.load_state_dict(trained.state_dict())
-    layer(batch(2))
-
-    assert_equal(parameters(layer), parameters(trained))
-
-
 def test_an_untrained_state_dict_is_initialised_by_the_next_batch():
     layer, other = trained_layer(), make_layer()
 
@@ -257,19 +245,7 @@ def test_first_steps_of_a_chain_are_those_of_a_stored_one(policy):
     assert_close(first_steps(make_chain(policy)), first_steps(make_chain("store")))
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        "rebuild",
-        "store",
-        pytest.param(
-            "recompute",
-            marks=pytest.mark.xfail(
-                reason="the nested chain keeps the buffer initialized the first time only"
-            ),
-        ),
-    ],
-)
+@every_policy
 def test_first_step_inside_checkpoint(policy):
     chain = make_chain(policy)
 
@@ -323,15 +299,7 @@ def test_a_batch_between_forward_and_backward_raises_if_it_set_the_parameters(po
         (z.sin().sum() + log_det.sum()).backward()
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        "rebuild",
-        pytest.param(
-            "recompute", marks=pytest.mark.xfail(reason="recomputing initialises in backward")
-        ),
-    ],
-)
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
 def test_switching_to_train_between_forward_and_backward_initialises_nothing(policy):
     gradients = []
     for name in (policy, "store"):
