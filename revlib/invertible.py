@@ -32,6 +32,8 @@ class InvertibleModule(nn.Module):
             dimension along which it wants it split in two.
         cheap_inverse: Whether inverting costs about as much as the forward direction. A
             chain stores a block that says False, and refuses to rebuild it.
+        cheap_forward: Likewise, whether the forward direction undoes the inverse one. Where a
+            block says False, as one whose inverse rounds, `chain.inverse` stores it.
         on_streams: Whether a chain calls the methods on streams. It does not where a subclass
             overrides `forward` or `inverse` alone.
         n_latents: How many tensors the block sends out of the chain beside its stream: those
@@ -52,6 +54,7 @@ class InvertibleModule(nn.Module):
 
     form: Form = "whole"
     cheap_inverse: bool = True
+    cheap_forward: bool = True
     on_streams: bool = False
     n_latents: int = 0
 

@@ -8,7 +8,7 @@ RNG state stay as the forward pass left them.
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,6 +108,13 @@ def autocast_is_on(device: torch.device) -> bool:
     """Tells whether autocast is in force for operations on `device`."""
     kind = device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps autocast from touching operations on `device`, for a while."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def slots(holder: dict[str, Tensor | None], *, with_empty: bool = False) -> list[Slot]:

@@ -207,7 +207,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """Returns the chain's legs first to last, with those of chains among its blocks."""
         legs = []
         for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
-            policy = "store" if store else policy
+            if store or (inverse and policy == "rebuild" and not block.cheap_forward):
+                policy = "store"
             if policy != "recompute" and _runs_as_its_blocks(block):
                 legs += block._legs(f"{prefix}{name}.", inverse=inverse, store=policy == "store")
             else:

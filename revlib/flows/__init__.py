@@ -1,5 +1,6 @@
 """Normalizing flows whose activation memory does not grow with depth."""
 
+from revlib.flows.adapters import from_freia, from_nflows, from_normflows
 from revlib.flows.base import StandardNormal
 from revlib.flows.builders import glow, nice, realnvp, spline_flow
 from revlib.flows.conditioners import MLP, GlowConvNet, ResidualConvNet
@@ -47,6 +48,9 @@ __all__ = [
     "Squeeze",
     "StandardNormal",
     "Unsqueeze",
+    "from_freia",
+    "from_nflows",
+    "from_normflows",
     "glow",
     "nice",
     "realnvp",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from revlib import functional
+from revlib.flows.checks import checked_shape
 from revlib.flows.layer import Latent, packed
 from revlib.functional._checks import check_integer
 
@@ -35,13 +36,15 @@ class StandardNormal(nn.Module):
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
         super().__init__()
-        self.shapes = tuple(map(tuple, shapes))
+        self.shapes = tuple(checked_shape("StandardNormal", shape) for shape in shapes)
         # Tells the device and the dtype of what is drawn.
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     def log_prob(self, z: Latent) -> Tensor:
         """Returns the log density of each sample, [batch]."""
         latents = z if isinstance(z, tuple) else (z,)
+        if not all(isinstance(latent, Tensor) for latent in latents):
+            raise TypeError(f"z must be a tensor or a tuple of tensors; got {type(z).__name__}")
         shapes = tuple(tuple(latent.shape[1:]) for latent in latents)
         if not self.shapes:
             self.shapes = shapes
@@ -82,6 +85,16 @@ class TorchBase(nn.Module):
         self.distribution = distribution
 
     def log_prob(self, z: Tensor) -> Tensor:
+        if not isinstance(z, Tensor):
+            raise TypeError(
+                f"base must be over {len(z)} latents, as StandardNormal is; "
+                f"got {type(self.distribution).__name__}"
+            )
+        if z.shape[1:] != self.distribution.event_shape:
+            raise ValueError(
+                f"base must be over latents of shape {list(z.shape[1:])}; "
+                f"got {list(self.distribution.event_shape)}"
+            )
         return self.distribution.log_prob(z)
 
     def sample(self, n: int, temperature: float = 1.0) -> Tensor:

@@ -58,6 +58,7 @@ def nice(
     """
     check_shape("nice", shape)
     check_counts("nice", layers=layers, hidden=hidden, depth=depth)
+    check_constructor("nice", subnet_constructor)
     size = math.prod(shape)
     build = subnet_constructor or (
         lambda c_in, c_out: MLP(c_in, c_out, (hidden,) * depth, context_features=context)
@@ -77,7 +78,7 @@ def nice(
 def realnvp(
     shape: Shape,
     *,
-    levels: int = 2,
+    levels: int | None = None,
     layers: int = 8,
     hidden: int = 64,
     blocks: int = 8,
@@ -94,7 +95,7 @@ def realnvp(
 
     Args:
         shape: The shape of one sample, (channels, height, width) or (features,).
-        levels: The number of scales, for images.
+        levels: The number of scales; 2 for images, if not given. Vectors have 1.
         layers: The number of couplings, for vectors.
         hidden: The width of the conditioners.
         blocks: The number of residual blocks of a conditioner, for images.
@@ -114,7 +115,9 @@ def realnvp(
         [torch.Size([4, 6, 4, 4]), torch.Size([4, 6, 4, 4])]
     """
     check_shape("realnvp", shape)
-    check_counts("realnvp", levels=levels, layers=layers, hidden=hidden, blocks=blocks)
+    levels = check_levels("realnvp", levels, 1 if len(shape) == 1 else 2, shape)
+    check_counts("realnvp", layers=layers, hidden=hidden, blocks=blocks)
+    check_constructor("realnvp", subnet_constructor)
 
     def default(c_in: int, c_out: int) -> nn.Module:
         if len(shape) == 1:
@@ -239,7 +242,7 @@ def spline_flow(
         >>> flow.log_prob(torch.randn(5, 2)).shape
         torch.Size([5])
     """
-    check_counts("spline_flow", steps=steps, hidden=hidden)
+    check_counts("spline_flow", steps=steps, hidden=hidden, bins=bins)
 
     def coupling(build: SubnetConstructor, kept: int, changed: int) -> FlowLayer:
         return SplineCoupling(build(kept, (3 * bins - 1) * changed), bins=bins, bound=bound)
@@ -266,10 +269,8 @@ def multiscale(
     """Builds levels of steps, each an `ActNormConv1x1` and a coupling."""
     check_shape(name, shape)
     is_vector = len(shape) == 1
-    levels = levels or (1 if is_vector else 3)
-    check_counts(name, levels=levels)
-    if is_vector and levels > 1:
-        raise ValueError(f"{name}: levels must be 1 for vectors; got {levels}")
+    levels = check_levels(name, levels, 1 if is_vector else 3, shape)
+    check_constructor(name, subnet_constructor)
 
     def default(c_in: int, c_out: int) -> nn.Module:
         if is_vector:
@@ -340,6 +341,24 @@ def check_counts(name: str, **counts: int) -> None:
     for argument, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name}: {argument} must be a whole number above 0; got {count!r}")
+
+
+def check_levels(name: str, levels: int | None, default: int, shape: Shape) -> int:
+    """Returns the number of levels, or the default if it was not given."""
+    if levels is None:
+        return default
+    check_counts(name, levels=levels)
+    if len(shape) == 1 and levels > 1:
+        raise ValueError(f"{name}: levels must be 1 for vectors; got {levels}")
+    return levels
+
+
+def check_constructor(name: str, subnet_constructor: object) -> None:
+    if subnet_constructor is not None and not callable(subnet_constructor):
+        raise TypeError(
+            f"{name}: subnet_constructor must be a function of two numbers; "
+            f"got {type(subnet_constructor).__name__}"
+        )
 
 
 def check_divisible(name: str, shape: Shape, times: int) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from revlib import functional
 from revlib.evaluate import Evaluate, Replay
+from revlib.flows.checks import check_samples
 from revlib.flows.layer import FlowLayer
 from revlib.flows.masks import CheckerboardMask, make_mask
 from revlib.functional import _affine_coupling, _spline_coupling
@@ -68,6 +69,7 @@ class Coupling(FlowLayer):
         return f"mask={self.mask}, flip={self.flip}"
 
     def _run(self, streams: Streams, evaluate: Evaluate, *, inverse: bool) -> Streams:
+        check_samples(evaluate.label, streams[0])
         kept, x = self._mask.part(streams)
         h = evaluate(self.conditioner, kept)
         self._check(h, x, evaluate)
@@ -93,6 +95,10 @@ class Coupling(FlowLayer):
         if not isinstance(h, Tensor):
             raise TypeError(
                 f"{evaluate.label}: conditioner must return a tensor; got {type(h).__name__}"
+            )
+        if not h.is_floating_point():
+            raise TypeError(
+                f"{evaluate.label}: conditioner must return floating point; got {h.dtype}"
             )
         batch, channels, *space = x.shape
         expected = (batch, self.per_element * channels, *space)

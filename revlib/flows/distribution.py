@@ -49,7 +49,13 @@ class FlowDistribution(Distribution):
                 f"value must be [..., {', '.join(map(str, self.event_shape))}]; "
                 f"got {list(value.shape)}"
             )
-        shape = torch.broadcast_shapes(value.shape[: value.ndim - n_event], self.batch_shape)
+        try:
+            shape = torch.broadcast_shapes(value.shape[: value.ndim - n_event], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"value must broadcast with the batch_shape {list(self.batch_shape)}; "
+                f"got {list(value.shape)}"
+            ) from None
         rows = value.expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
         return self.flow.log_prob(rows, self._rows(len(rows))).view(shape)
 

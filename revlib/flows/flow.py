@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from revlib.flows.base import Base, StandardNormal, TorchBase
+from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
 from revlib.flows.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.layer import FlowLayer
+from revlib.flows.linear import refuse_sharded_start
 from revlib.flows.sequential import FlowSequential
 
 
@@ -61,9 +63,14 @@ class Flow(nn.Module):
             base = StandardNormal()
         elif isinstance(base, Distribution):
             base = TorchBase(base)
+        elif not (hasattr(base, "log_prob") and hasattr(base, "sample")):
+            raise TypeError(
+                "base must be a torch Distribution or a module with log_prob and sample; "
+                f"got {type(base).__name__}"
+            )
         self.transform = transform
         self.base = base
-        self.shape = shape if shape is None else tuple(shape)
+        self.shape = None if shape is None else checked_shape("Flow", shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Is `log_prob`, so that wrappers of modules, such as DDP, find what to wrap."""
@@ -71,6 +78,7 @@ class Flow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the log density of each sample in nats, [batch]."""
+        refuse_sharded_start(self)
         x = self._checked(x)
         z, log_det = self.transform(x, context)
         log_prob = self.base.log_prob(z) + log_det
@@ -81,7 +89,10 @@ class Flow(nn.Module):
 
     def nll(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the negative log-likelihood in nats, the mean over the batch: the usual loss."""
-        return -self.log_prob(x, context).mean()
+        log_prob = self.log_prob(x, context)
+        if not len(log_prob):
+            raise ValueError("nll needs at least one sample; got an empty batch")
+        return -log_prob.mean()
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the negative log-likelihood in bits per element, the mean over the batch.
@@ -124,6 +135,7 @@ class Flow(nn.Module):
                 "distribution needs the shape of a sample: give the flow shape=..., or call "
                 "log_prob first"
             )
+        check_context(context)
         return FlowDistribution(self, self.shape, context)
 
     def _checked(self, x: Tensor) -> Tensor:
@@ -135,17 +147,15 @@ class Flow(nn.Module):
             raise ValueError(f"x must be [batch, {_listed(self.shape)}]; got {list(x.shape)}")
         if x.is_floating_point():
             return x
+        if x.is_complex():
+            raise TypeError(f"x must be floating point or whole numbers; got {x.dtype}")
         floats = (p.dtype for p in self.parameters() if p.is_floating_point())
         return x.to(next(floats, torch.get_default_dtype()))
 
     def _context(self, n: int, context: Tensor | None) -> Tensor | None:
+        check_context(context, n)
         if context is None:
             return None
-        if len(context) not in (1, n):
-            raise ValueError(
-                f"context must have one row for each of {n} samples, or one for all; "
-                f"got {len(context)}"
-            )
         return context.expand(n, *context.shape[1:])
 
 

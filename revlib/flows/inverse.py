@@ -39,6 +39,14 @@ class Inverse(FlowLayer):
         return self.layer.form if self.layer.on_streams else "whole"
 
     @property
+    def cheap_inverse(self) -> bool:
+        return self.layer.cheap_forward
+
+    @property
+    def cheap_forward(self) -> bool:
+        return self.layer.cheap_inverse
+
+    @property
     def _methods(self) -> type[FlowLayer]:
         return type(self.layer) if self.layer.on_streams else FlowLayer
 

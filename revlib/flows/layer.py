@@ -95,9 +95,13 @@ class FlowLayer(InvertibleModule):
     ) -> tuple[Latent, Tensor]:
         if not self.on_streams:
             raise NotImplementedError(f"{type(self).__name__} must define forward and inverse")
+        label = type(self).__name__
+        wanted = 1 + (run == self.inverse_streams) * self.n_latents
+        if wanted != (len(x) if isinstance(x, tuple) else 1):
+            takes = "a tensor" if wanted == 1 else f"a tuple of {wanted} tensors"
+            raise TypeError(f"{label}: this direction takes {takes}; got {type(x).__name__}")
         *latents, x = x if isinstance(x, tuple) else (x,)
         (x,), _ = enter(x)
-        label = type(self).__name__
         streams = settle(convert((x,), "whole", self.form))
         outputs = run((*streams, *latents), Evaluate(context, label))
         n = len(streams)

@@ -1,16 +1,25 @@
 """Layers that are the same linear map in every sample, or at every pixel of it."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from revlib import functional
 from revlib.evaluate import Evaluate, Replay
+from revlib.flows.checks import (
+    check_channel_count,
+    check_channels,
+    check_sample_shape,
+    checked_shape,
+)
 from revlib.flows.finite import NonFiniteError, is_finite
 from revlib.flows.layer import FlowLayer, zeros
-from revlib.functional._checks import check_integer
+from revlib.functional._checks import check_flags
+from revlib.replay import autocast_off
 from revlib.streams import Streams, memory_format
 
 
@@ -37,22 +46,19 @@ class DiagonalScaling(FlowLayer):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ValueError(f"shape must be that of a sample, such as (3, 32, 32); got {shape}")
-        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.log_scale = nn.Parameter(torch.zeros(checked_shape("DiagonalScaling", shape)))
 
     def weights(self) -> Streams:
         return (self.log_scale,)
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,), (log_scale,) = streams, evaluate.weights(self)
-        self._check(x, evaluate)
+        check_sample_shape(evaluate.label, x, self.log_scale.shape)
         return (x * log_scale.exp()).to(x.dtype), zeros(x) + log_scale.sum()
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,), (log_scale,) = streams, evaluate.weights(self)
-        self._check(y, evaluate)
+        check_sample_shape(evaluate.label, y, self.log_scale.shape)
         return (y * (-log_scale).exp()).to(y.dtype), zeros(y) - log_scale.sum()
 
     def backward_streams(
@@ -71,14 +77,6 @@ class DiagonalScaling(FlowLayer):
         pullback((-(dx * x).sum(0) - dlog_det.sum(),))
         return (x * log_scale.exp(),), (dx * (-log_scale).exp(),)
 
-    def _check(self, x: Tensor, evaluate: Evaluate) -> None:
-        shape = self.log_scale.shape
-        if x.shape[1:] != shape:
-            raise ValueError(
-                f"{evaluate.label}: samples must have the shape {list(shape)}; "
-                f"got {list(x.shape[1:])}"
-            )
-
 
 class ActNorm(FlowLayer):
     r"""Scales and shifts each channel; the first batch decides by how much to begin with.
@@ -87,18 +85,15 @@ class ActNorm(FlowLayer):
 
     where n is the number of pixels. The first batch that goes forward in training mode sets the
     parameters so that every channel of y has mean 0 and variance 1 over that batch; unless they
-    were trained before, through `inverse`. Where `torch.distributed` is in use, they are set to
-    the mean over all processes, so that these start alike: all of them must make that call.
+    are not 0 any more, because they were trained or loaded. Where `torch.distributed` is in use,
+    they are set to the mean over all processes, so that these start alike: all of them must make
+    that call. Parameters that `fully_shard` has sharded cannot be set: let a batch pass before.
 
     Args:
         channels: The number of channels.
 
     Shape:
         [batch, channels, ...].
-
-    Attributes:
-        initialized: A buffer that tells whether a batch has set the parameters. It is saved with
-            them, so that a resumed run keeps what it has learned.
 
     References:
         Glow (Kingma and Dhariwal, 2018), section 3.1, https://arxiv.org/abs/1807.03039
@@ -112,25 +107,29 @@ class ActNorm(FlowLayer):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        check_integer("ActNorm", "channels", channels, 1, 2**31)
+        check_channel_count("ActNorm", channels)
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("initialized", torch.tensor(False))
-        # Reading the buffer stops for the GPU, so it is not read again once it was True.
+        # Looking at the parameters waits for the GPU, so it is done until they are not 0.
         self._seen_initialized = False
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the parameters are not 0 any more."""
+        return bool(self.log_scale.any() or self.bias.any())
 
     def weights(self) -> Streams:
         return self.log_scale, self.bias
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,) = streams
-        check_channels(x, len(self.log_scale), evaluate)
-        self.initialize(x)
+        check_channels(evaluate.label, x, len(self.log_scale))
+        self.initialize(x, evaluate)
         return functional.actnorm(x, *evaluate.weights(self))
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
-        check_channels(y, len(self.log_scale), evaluate)
+        check_channels(evaluate.label, y, len(self.log_scale))
         return functional.actnorm_inverse(y, *evaluate.weights(self))
 
     def backward_streams(
@@ -152,17 +151,20 @@ class ActNorm(FlowLayer):
         return (y,), (dy,)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, evaluate: Evaluate) -> None:
         """Sets the parameters from `x`, if this is the batch that decides."""
-        if self._seen_initialized or not self.training or not len(x):
+        if self._seen_initialized or not self.training or evaluate.is_replay or not len(x):
             return
-        if not (self.initialized or self.log_scale.any() or self.bias.any()):
+        if x.is_meta or isinstance(x, FakeTensor):
+            return
+        if not self.initialized:
             log_scale, bias = map(mean_over_processes, functional.actnorm_init(x))
             if not is_finite(log_scale, bias):
-                raise NonFiniteError("ActNorm cannot start from a batch that is not finite")
+                raise NonFiniteError(
+                    f"{evaluate.label}: ActNorm cannot start from a batch that is not finite"
+                )
             self.log_scale.copy_(log_scale)
             self.bias.copy_(bias)
-            self.initialized.fill_(True)
         self._seen_initialized = True
 
     def extra_repr(self) -> str:
@@ -171,6 +173,22 @@ class ActNorm(FlowLayer):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._seen_initialized = False
+
+
+def refuse_sharded_start(module: nn.Module) -> None:
+    """Raises if a module that `fully_shard` has sharded holds an ActNorm without parameters yet.
+
+    What would be written to the gathered parameters never reaches the shards.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded if not imported
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return
+    for name, part in module.named_modules():
+        if isinstance(part, ActNorm) and part.training and not part.initialized:
+            raise RuntimeError(
+                f"{name} (ActNorm) is to be set by the first batch, but fully_shard has sharded "
+                "its parameters; let a batch pass before fully_shard, or load a checkpoint"
+            )
 
 
 class ChannelMap(FlowLayer):
@@ -190,13 +208,13 @@ class ChannelMap(FlowLayer):
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,) = streams
-        check_channels(x, self.channels, evaluate)
+        check_channels(evaluate.label, x, self.channels)
         matrix, bias, log_abs_det = evaluate.weights(self)
         return shifted(mapped(x, matrix), bias), zeros(x) + space(x) * log_abs_det
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
-        check_channels(y, self.channels, evaluate)
+        check_channels(evaluate.label, y, self.channels)
         matrix, bias, log_abs_det = evaluate.weights(self)
         inverse = inverted(matrix)
         bias = None if bias is None else -inverse @ bias
@@ -257,7 +275,8 @@ class InvertibleConv1x1(ChannelMap):
 
     def __init__(self, channels: int, *, lu: bool = True) -> None:
         super().__init__()
-        check_integer("InvertibleConv1x1", "channels", channels, 1, 2**31)
+        check_channel_count("InvertibleConv1x1", channels)
+        check_flags("InvertibleConv1x1", lu=lu)
         self.channels = channels
         self.lu = lu
         rotation = torch.linalg.qr(torch.randn(channels, channels)).Q
@@ -277,7 +296,7 @@ class InvertibleConv1x1(ChannelMap):
             return self.weight, None, torch.linalg.slogdet(self.weight).logabsdet
         lower = self.lower.tril(-1) + torch.eye(self.channels).to(self.lower)
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
-        with torch.autocast(lower.device.type, enabled=False):
+        with autocast_off(lower.device):
             return self.permutation @ lower @ upper, None, self.log_diagonal.sum()
 
     def extra_repr(self) -> str:
@@ -307,20 +326,20 @@ class ActNormConv1x1(ChannelMap):
 
     def __init__(self, channels: int, *, lu: bool = True) -> None:
         super().__init__()
-        self.channels = channels
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels, lu=lu)
+        self.channels = channels
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         log_scale, bias = self.actnorm.weights()
         matrix, _, log_abs_det = self.conv.weights()
-        with torch.autocast(matrix.device.type, enabled=False):
+        with autocast_off(matrix.device):
             return matrix * log_scale.exp(), matrix @ bias, log_abs_det + log_scale.sum()
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,) = streams
-        check_channels(x, self.channels, evaluate)
-        self.actnorm.initialize(x)
+        check_channels(evaluate.label, x, self.channels)
+        self.actnorm.initialize(x, evaluate)
         return super().forward_streams(streams, evaluate)
 
 
@@ -329,7 +348,7 @@ def mapped(x: Tensor, matrix: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide, matrix = x.to(dtype), matrix.to(dtype)
     # Not a convolution, which on a GPU may round its factors to TF32.
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
             y = F.linear(wide.movedim(1, -1), matrix).movedim(-1, 1)
         else:
@@ -352,7 +371,7 @@ def outer(dy: Tensor, x: Tensor) -> Tensor:
     """Sums the outer products of the channels over all pixels of all samples."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     dy, x = dy.to(dtype), x.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         if x.ndim == 2:
             return dy.T @ x
         return (dy.flatten(2) @ x.flatten(2).mT).sum(0)
@@ -365,13 +384,6 @@ def per_channel(x: Tensor) -> Tensor:
 def space(x: Tensor) -> int:
     """Returns the number of pixels of a sample."""
     return math.prod(x.shape[2:])
-
-
-def check_channels(x: Tensor, channels: int, evaluate: Evaluate) -> None:
-    if x.ndim < 2 or x.shape[1] != channels:
-        raise ValueError(
-            f"{evaluate.label}: the stream must be [batch, {channels}, ...]; got {list(x.shape)}"
-        )
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from revlib.flows.checks import check_samples
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.functional._checks import check_integer
 
@@ -36,6 +37,8 @@ class Dequantize(FlowLayer):
         True
     """
 
+    cheap_forward = False  # it draws other noise than `inverse` took away
+
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
         check_integer("Dequantize", "levels", levels, 2, 4096)
@@ -44,10 +47,12 @@ class Dequantize(FlowLayer):
         self.margin = levels * 2.0**-22
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_samples("Dequantize", x)
         noise = torch.rand_like(x) * (1 - self.margin)
         return (x + noise) / self.levels, zeros(x) + self._log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_samples("Dequantize", z)
         x = (z * self.levels + self.margin / 2).floor().clamp(0, self.levels - 1)
         return x, zeros(z) - self._log_det(z)
 
@@ -85,15 +90,19 @@ class Logit(FlowLayer):
 
     def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"Logit: alpha must be a number; got {alpha!r}")
         if not 0 <= alpha < 0.5:
-            raise ValueError(f"alpha must be from 0 up and below 0.5; got {alpha}")
+            raise ValueError(f"Logit: alpha must be from 0 up and below 0.5; got {alpha}")
         self.alpha = alpha
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_samples("Logit", x)
         y = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
         return y, self._log_det(y)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_samples("Logit", z)
         return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha), -self._log_det(z)
 
     def extra_repr(self) -> str:
@@ -127,16 +136,32 @@ class Affine(FlowLayer):
     def __init__(self, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> None:
         super().__init__()
         mean, std = (torch.as_tensor(value, dtype=torch.float32) for value in (mean, std))
-        if not (std > 0).all():
-            raise ValueError(f"std must be above 0; got {std.tolist()}")
+        if not mean.isfinite().all():
+            raise ValueError(f"Affine: mean must be finite; got {mean.tolist()}")
+        if not ((std > 0) & std.isfinite()).all():
+            raise ValueError(f"Affine: std must be above 0 and finite; got {std.tolist()}")
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(x)
         return ((x - self.mean) / self.std).to(x.dtype), zeros(x) - self._log_std(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(z)
         return (z * self.std + self.mean).to(z.dtype), zeros(z) + self._log_std(z)
+
+    def _check(self, x: Tensor) -> None:
+        check_samples("Affine", x)
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value.ndim >= x.ndim or any(
+                size not in (1, whole)
+                for size, whole in zip(value.shape[::-1], x.shape[::-1], strict=False)
+            ):
+                raise ValueError(
+                    f"Affine: {name} must broadcast to a sample, {list(x.shape[1:])}; "
+                    f"got {list(value.shape)}"
+                )
 
     def _log_std(self, x: Tensor) -> Tensor:
         return self.std.log().expand(x.shape[1:]).sum()

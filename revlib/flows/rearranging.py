@@ -9,9 +9,16 @@ from torch import Tensor
 
 from revlib import functional
 from revlib.evaluate import Evaluate, Replay
+from revlib.flows.checks import (
+    check_channel_count,
+    check_channels,
+    check_sample_shape,
+    checked_indices,
+    checked_shape,
+)
 from revlib.flows.layer import FlowLayer
 from revlib.functional._checks import check_integer
-from revlib.streams import Streams
+from revlib.streams import Streams, memory_format
 
 
 class Rearrangement(FlowLayer):
@@ -59,43 +66,30 @@ class Permutation(Rearrangement):
 
     def __init__(self, indices: Sequence[int] | Tensor) -> None:
         super().__init__()
-        indices = torch.as_tensor(indices)
-        if indices.is_floating_point() or indices.sort().values.tolist() != [
-            *range(indices.numel())
-        ]:
-            raise ValueError(
-                "indices must hold every number from 0 to channels - 1 once; "
-                f"got {indices.tolist()}"
-            )
-        self.register_buffer("indices", indices.long())
+        self.register_buffer("indices", checked_indices(indices))
 
     @classmethod
     def reverse(cls, channels: int) -> Self:
         """Returns the layer that puts the last channel first."""
+        check_channel_count("Permutation.reverse", channels)
         return cls(torch.arange(channels).flip(0))
 
     @classmethod
     def random(cls, channels: int) -> Self:
         """Returns a layer with an order drawn at random, which its state dict keeps."""
+        check_channel_count("Permutation.random", channels)
         return cls(torch.randperm(channels))
 
     def move(self, x: Tensor) -> Tensor:
-        self._check(x)
-        return x.index_select(1, self.indices)
+        check_channels("Permutation", x, len(self.indices))
+        return selected(x, self.indices)
 
     def move_back(self, y: Tensor) -> Tensor:
-        self._check(y)
-        return y.index_select(1, self.indices.argsort())
+        check_channels("Permutation", y, len(self.indices))
+        return selected(y, self.indices.argsort())
 
     def extra_repr(self) -> str:
         return f"channels={len(self.indices)}"
-
-    def _check(self, x: Tensor) -> None:
-        if x.ndim < 2 or x.shape[1] != len(self.indices):
-            raise ValueError(
-                f"Permutation: the stream must be [batch, {len(self.indices)}, ...]; "
-                f"got {list(x.shape)}"
-            )
 
 
 class Flatten(Rearrangement):
@@ -115,12 +109,14 @@ class Flatten(Rearrangement):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = checked_shape("Flatten", shape)
 
     def move(self, x: Tensor) -> Tensor:
+        check_sample_shape("Flatten", x, self.shape)
         return x.reshape(-1, math.prod(self.shape))
 
     def move_back(self, y: Tensor) -> Tensor:
+        check_sample_shape("Flatten", y, [math.prod(self.shape)])
         return y.reshape(-1, *self.shape)
 
     def extra_repr(self) -> str:
@@ -182,3 +178,10 @@ class Unsqueeze(Squeeze):
 
     def move_back(self, y: Tensor) -> Tensor:
         return functional.squeeze(y, self.factor)
+
+
+def selected(x: Tensor, indices: Tensor) -> Tensor:
+    """Gathers channels, in the memory format of `x`."""
+    if memory_format(x) == torch.contiguous_format:
+        return x.index_select(1, indices)
+    return x.movedim(1, -1).index_select(-1, indices).movedim(-1, 1)

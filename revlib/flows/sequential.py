@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from revlib.autograd import Leg
 from revlib.flows.finite import NonFiniteError, find_nonfinite, is_known_nonfinite
 from revlib.flows.layer import FlowLayer, Latent, packed, zeros
+from revlib.flows.linear import refuse_sharded_start
 from revlib.sequential import ReversibleSequential
 from revlib.streams import Streams
 
@@ -73,6 +74,7 @@ class FlowSequential(ReversibleSequential, FlowLayer):
             raise TypeError(f"{label} has no log_det; derive it from revlib.flows.FlowLayer")
 
     def _run(self, legs: list[Leg], x: Latent, context: Tensor | None) -> tuple[Latent, Tensor]:
+        refuse_sharded_start(self)
         x, *latents = _unpacked(x, sum(leg.n_latents for leg in legs))
         outcome = self._run_legs(legs, x, context, latents)
         log_det = _total(legs, outcome.extras, x)
@@ -90,6 +92,9 @@ def _unpacked(x: Latent, n_latents: int) -> Streams:
         expected = f"a tuple of {n_latents + 1} tensors" if n_latents else "one tensor"
         got = f"a tuple of {len(x)}" if isinstance(x, tuple) else f"a {type(x).__name__}"
         raise TypeError(f"the chain takes {expected} in this direction; got {got}")
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise TypeError(f"the chain takes floating-point tensors; got {tensor.dtype}")
     return tensors[-1], *tensors[:-1]
 
 

@@ -61,7 +61,7 @@ def from_freia(module: nn.Module) -> FlowSequential:
         >>> from FrEIA.modules import PermuteRandom
         >>> net = SequenceINN(4)
         >>> net.append(PermuteRandom)
-        >>> z, log_det = revlib.flows.adapters.from_freia(net)(torch.randn(3, 4))
+        >>> z, log_det = revlib.flows.from_freia(net)(torch.randn(3, 4))
         >>> z.shape, log_det.tolist()
         (torch.Size([3, 4]), [0.0, 0.0, 0.0])
     """

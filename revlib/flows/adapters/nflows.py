@@ -40,7 +40,7 @@ def from_nflows(module: nn.Module) -> FlowSequential:
     Example:
         >>> from nflows.transforms import CompositeTransform, LULinear
         >>> transform = CompositeTransform([LULinear(4), LULinear(4)])
-        >>> chain = revlib.flows.adapters.from_nflows(transform)
+        >>> chain = revlib.flows.from_nflows(transform)
         >>> z, log_det = chain(torch.randn(3, 4))
         >>> len(chain), z.shape, log_det.shape
         (2, torch.Size([3, 4]), torch.Size([3]))

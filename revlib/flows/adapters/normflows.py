@@ -53,7 +53,7 @@ def from_normflows(module: nn.Module | Sequence[nn.Module]) -> FlowSequential:
 
     Example:
         >>> from normflows.flows import LULinearPermute
-        >>> chain = revlib.flows.adapters.from_normflows([LULinearPermute(4), LULinearPermute(4)])
+        >>> chain = revlib.flows.from_normflows([LULinearPermute(4), LULinearPermute(4)])
         >>> z, log_det = chain(torch.randn(3, 4))
         >>> len(chain), z.shape, log_det.shape
         (2, torch.Size([3, 4]), torch.Size([3]))
