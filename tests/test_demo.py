@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 
 import revlib
-from benchmarks import demo, twins
+from benchmarks import demo, demo_flows, twins
 from benchmarks.twins import RESNET, REVNET, STORED, Comparison, Run
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,10 @@ def shown(tmp_path_factory):
         patch.setattr(demo, "EPOCHS", 1)
         patch.setattr(demo, "SEEDS", range(2))
         patch.setattr(twins, "ROUNDS", 2)
-        demo.demo(console)
+        for name in ("MOONS", "DIGITS"):
+            patch.setattr(demo_flows, name, replace(getattr(demo_flows, name), epochs=1))
+        with revlib.use_kernels(False):  # As in every test: this fixture comes before that one.
+            demo.demo(console)
     yield SimpleNamespace(folder=folder, text=console.file.getvalue())
     torch.set_num_threads(threads)
 
@@ -68,12 +72,22 @@ def record(shown):
     return json.loads((shown.folder / "runs" / "demo" / "demo.json").read_text())
 
 
-@pytest.mark.slow
-def test_demo_ends_by_naming_its_files(shown):
-    names = shown.text.splitlines()[-1].removeprefix("Wrote ").split(", ")
+@pytest.fixture
+def flow_record(shown):
+    return json.loads((shown.folder / "runs" / "demo" / "flows.json").read_text())
 
-    assert [Path(name).suffix for name in names] == [".png", ".md", ".json"]
-    assert all((shown.folder / name).stat().st_size > 0 for name in names)
+
+@pytest.mark.slow
+def test_demo_names_its_files(shown):
+    lines = [line for line in shown.text.splitlines() if line.startswith("Wrote ")]
+    names = [line.removeprefix("Wrote ").split(", ") for line in lines]
+
+    assert lines[-1] == shown.text.splitlines()[-1]
+    assert [[Path(name).suffix for name in line] for line in names] == [
+        [".png", ".md", ".json"],
+        [".png", ".png", ".json"],
+    ]
+    assert all((shown.folder / name).stat().st_size > 0 for line in names for name in line)
 
 
 @pytest.mark.slow
@@ -84,8 +98,9 @@ def test_demo_fits_in_80_columns(shown):
 
 
 @pytest.mark.slow
-def test_demo_says_what_its_figures_come_from(record):
-    made_by = record["made_by"]
+@pytest.mark.parametrize("name", ["record", "flow_record"])
+def test_demo_says_what_its_figures_come_from(request, name):
+    made_by = request.getfixturevalue(name)["made_by"]
 
     assert made_by["command"] == "make demo"
     assert made_by["date"] == date.today().isoformat()
@@ -107,6 +122,20 @@ def test_memory_is_flat_in_depth_for_the_revnet_alone(record):
     assert len(set(peaks[REVNET.label])) == 1
     for label in (RESNET.label, STORED.label):
         assert peaks[label] == sorted(set(peaks[label]))
+
+
+@pytest.mark.slow
+def test_flows_are_closer_to_the_data_than_what_is_beside_them(flow_record):
+    assert flow_record["moons"]["test_nll"] < flow_record["gaussian_nll"]
+    assert flow_record["digits"]["test_bits_per_dim"] < flow_record["uniform_bits_per_dim"]
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_depth_for_the_rebuilt_glow_alone(flow_record):
+    rebuilt, stored = (flow_record["peak_bytes"][policy] for policy in ("rebuild", "store"))
+
+    assert rebuilt["16"] == rebuilt["4"]
+    assert stored["16"] > 3 * stored["4"]
 
 
 @pytest.mark.slow

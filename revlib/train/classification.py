@@ -1,7 +1,6 @@
 """The task of a classifier: labelled images, cross-entropy, and the share of right answers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from revlib.train.results import Epoch, Progress, Result
 from revlib.train.settings import Settings
 from revlib.train.task import Batch
 
-LR = 0.1
-WEIGHT_DECAY = 1e-4
 MOMENTUM = 0.9
 
 
@@ -28,11 +25,7 @@ class Classification:
     totals = 2
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = replace(
-            settings,
-            lr=LR if settings.lr is None else settings.lr,
-            weight_decay=WEIGHT_DECAY if settings.weight_decay is None else settings.weight_decay,
-        )
+        self.settings = settings
         self.data = load_data(settings.data, image_size=settings.image_size)
 
     def build_model(self) -> nn.Module:

@@ -17,7 +17,6 @@ from revlib.train.samples import Samples, load_samples
 from revlib.train.settings import Settings
 from revlib.train.task import Batch
 
-LR = 1e-3
 # The builders' own numbers are those of the papers, which are for images.
 FOR_VECTORS = {"flow_steps": 8, "hidden": 64}
 LEVELS = {"realnvp": 2, "glow": 3, "spline_flow": 3}
@@ -94,11 +93,9 @@ class Density:
 def complete(settings: Settings, data: Samples) -> Settings:
     """Makes the choices that are left open, and refuses those that the data do not allow."""
     defaults = inspect.signature(getattr(flows, settings.model)).parameters
-    own: dict[str, float | None] = {
+    own: dict[str, int | None] = {
         "flow_steps": defaults[STEPS[settings.model]].default,
         "hidden": defaults["hidden"].default,
-        "lr": LR,
-        "weight_decay": 0.0,
     }
     if data.levels is None:
         own |= FOR_VECTORS

@@ -7,6 +7,9 @@ from pathlib import Path
 from revlib.models import model_names
 from revlib.train.errors import InputError
 
+# The learning rate and the weight decay of classifiers, and of flows.
+CLASSIFIER_DEFAULTS = {"lr": 0.1, "weight_decay": 1e-4}
+FLOW_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.0}
 FLOWS = ("nice", "realnvp", "glow", "spline_flow")
 MODELS = (*model_names(), *FLOWS)
 # The settings that only some models have.
@@ -84,6 +87,9 @@ class Settings:
     picture_every: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (FLOW_DEFAULTS if self.model in FLOWS else CLASSIFIER_DEFAULTS).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # The way to set a field of a frozen class.
         rules = {
             "model": (self.model in MODELS, f"must be one of {', '.join(MODELS)}"),
             "policy": (self.policy in POLICIES, f"must be one of {', '.join(POLICIES)}"),
@@ -93,11 +99,8 @@ class Settings:
             "hidden": (_is_count(self.hidden), "must be at least 1"),
             "epochs": (self.epochs >= 1, "must be at least 1"),
             "batch_size": (self.batch_size >= 1, "must be at least 1"),
-            "lr": (self.lr is None or 0 < self.lr < math.inf, "must be above 0 and finite"),
-            "weight_decay": (
-                self.weight_decay is None or 0 <= self.weight_decay < math.inf,
-                "must be at least 0 and finite",
-            ),
+            "lr": (0 < self.lr < math.inf, "must be above 0 and finite"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "must be at least 0 and finite"),
             "image_size": (_is_count(self.image_size), "must be at least 1"),
             "seed": (0 <= self.seed < 2**63, "must be at least 0 and below 2**63"),
             "mixed_precision": (
