@@ -184,6 +184,9 @@ ARGUMENTS = {
         ValueError,
         "indices must hold every number from 0 to channels - 1 once; got [0, 0, 1]",
     ),
+    "indices-floating": Bad(
+        lambda: flows.Permutation([0.0, 1.0]), ValueError, "indices must hold every number"
+    ),
     "indices-matrix": Bad(
         lambda: flows.Permutation([[0, 1], [2, 3]]), ValueError, "indices must hold every number"
     ),
@@ -766,9 +769,6 @@ INPUTS = {
 
 # Not clear yet: the texts are proposals.
 UNCLEAR = {
-    "indices-floating": Bad(
-        lambda: flows.Permutation([0.0, 1.0]), ValueError, "indices must hold every number"
-    ),
     "context-for-a-network-without": Bad(
         lambda: flows.FlowSequential(flows.AffineCoupling(net(3, 6)))(x(5, 6), x(5, 2)),
         TypeError,
