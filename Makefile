@@ -9,6 +9,7 @@ RUNS := runs
 # The GPU targets install nothing: without a .venv they use the Python that has torch.
 PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
+FAST_PARTS := $(addprefix test-fast-,1 2)
 SLOW_PARTS := $(addprefix test-slow-,1 2)
 # The tests compile more than 3,000 variants of the kernels, a number of processes at a time.
 GPU_PARTS := $(addprefix gpu-test-,1 2 3 4 5 6 7 8 9 10 11 12)
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test bench bench-flows gpu-test gpu-bench gpu $(SLOW_PARTS) $(GPU_PARTS)
+.PHONY: help install demo check test bench bench-flows gpu-test gpu-bench gpu $(FAST_PARTS) $(SLOW_PARTS) $(GPU_PARTS)
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -32,7 +33,10 @@ demo: $(INSTALLED) ## train a RevNet and its ResNet twin on handwritten digits, 
 check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a minute
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -m "not slow"
+	@$(MAKE) --no-print-directory --keep-going --jobs --output-sync $(FAST_PARTS)
+
+$(FAST_PARTS): test-fast-%:
+	$(BIN)/python -m pytest -m "not slow" --part $*/$(words $(FAST_PARTS))
 
 test: check ## check, then every other test, in two processes
 	@$(MAKE) --no-print-directory --keep-going --jobs --output-sync $(SLOW_PARTS)
