@@ -88,7 +88,15 @@ class Evaluate:
     def __call__(self, module: nn.Module, x: Tensor | Streams) -> Any:
         streams = (x,) if isinstance(x, Tensor) else x
         versions = [_version(stream) for stream in streams]
-        value = self._call(module, (x,) if self.context is None else (x, self.context))
+        try:
+            value = self._call(module, (x,) if self.context is None else (x, self.context))
+        except TypeError as error:
+            if self.context is not None:
+                error.add_note(
+                    f"{self.label}: the context that the chain was given is the last argument of "
+                    f"every sub-network, here of {type(module).__name__}"
+                )
+            raise
         if [_version(stream) for stream in streams] != versions:
             raise RuntimeError(
                 f"{self.label}: {type(module).__name__} changed its input in place, but that "
