@@ -177,9 +177,9 @@ def bench_likelihood(benchmark, method, plan, pictures, data, rounds):
 
     benchmark.extra_info.update(
         {
-            "held-out bits/dim": statistics.mean(bits),
-            "its standard error": statistics.stdev(bits) / len(bits) ** 0.5,
-            **{f"bits/dim, seed {seed}": each for seed, each in enumerate(bits)},
+            "held-out bits/dim": f"{statistics.mean(bits):.3f}",
+            "  its standard error": f"{statistics.stdev(bits) / len(bits) ** 0.5:.3f}",
+            **{f"  of seed {seed}": f"{each:.3f}" for seed, each in enumerate(bits)},
             "parameters": f"{count_parameters(trainee.model):,}",
             "trained on": f"{data.name}, {plan.iterations} batches of {plan.batch}",
         }

@@ -12,6 +12,7 @@ A library that cannot be installed or run is reported as not measured.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
             written.append(results)
     report = read(written, shlex.join(["python", "-m", "benchmarks.flows", *arguments]))
     if not options.times:
-        report.not_measured["times"] = "left out by --no-times, as on a busy machine"
+        load = os.getloadavg()[0]
+        report.not_measured["times"] = f"left out by --no-times; the load average was {load:.1f}"
     to_terminal(report, Console())
     for path in write(report, options.out):
         print(f"wrote {path}")
