@@ -83,9 +83,6 @@ def vector_flow(context: int = 0) -> flows.Flow:
 
 
 ARGUMENTS = {
-    "indices-floating": Bad(
-        lambda: flows.Permutation([0.0, 1.0]), ValueError, "indices must hold every number"
-    ),
     # Couplings
     "mask": Bad(
         lambda: flows.AdditiveCoupling(net(2, 2), mask="rows"),
