@@ -19,11 +19,14 @@ from revlib.train.task import Batch
 
 # The builders' own numbers are those of the papers, which are for images.
 FOR_VECTORS = {"flow_steps": 8, "hidden": 64}
+# Where the images allow as many.
 LEVELS = {"realnvp": 2, "glow": 3, "spline_flow": 3}
 # What the builders call the number of steps.
 STEPS = {"nice": "layers", "realnvp": "layers", "glow": "steps", "spline_flow": "steps"}
 # Below 1, samples are less varied and look better; the paper's choice.
 TEMPERATURES = {"glow": 0.7}
+# How many of the held-out samples pictures are made of, at most.
+N_DRAWN = 500
 
 
 class Density:
@@ -81,9 +84,8 @@ class Density:
         return {"nll": nll, "bits_per_dim": nll / math.log(2) / math.prod(self.data.shape)}
 
     def draw(self, model: flows.Flow) -> Mapping[str, bytes]:
-        order = shuffled(len(self.data.x_test), self.settings.seed)
-        device = next(model.parameters()).device
-        x = self.data.x_test[order].to(device).float()
+        drawn = shuffled(len(self.data.x_test), self.settings.seed)[:N_DRAWN]
+        (x,) = self.batch(drawn, next(model.parameters()).device, training=False)
         if self.data.levels is not None:
             temperature = TEMPERATURES.get(self.settings.model, 1.0)
             return draw_images(model, x, self.data.levels, temperature)

@@ -48,8 +48,11 @@ def progress_bar(epochs: int) -> Iterator[Callable[[AnyProgress], None]]:
 def result_table(result: AnyResult, settings: Settings) -> Table:
     """Lays out the result for people; `summary.json` is for programs."""
     table = Table(title=Text(f"{settings.model} on {settings.data}"), show_header=False)
-    weights = str(settings.out / "latest" / "model.safetensors")
-    for name, value in (*result.rows(), ("weights", weights)):
+    rows = dict(result.rows())
+    rows["weights"] = str(settings.out / "latest" / "model.safetensors")
+    if (settings.out / "pictures").is_dir():
+        rows["pictures"] = str(settings.out / "pictures")
+    for name, value in rows.items():
         # A path may hold what rich takes for markup, and must not be cut where it is long.
         table.add_row(name, Text(value, overflow="fold"))
     return table

@@ -106,14 +106,19 @@ class DensityProgress:
 
     def line(self) -> str:
         """Says where it stands."""
-        return f"{_density(self.nll, self.bits_per_dim)} {self._cost()}"
+        figure = self.nll if self.bits_per_dim is None else self.bits_per_dim
+        return f"{figure:.4f} {self._unit()} {self._cost()}"
 
     def epoch_line(self) -> str:
         """Says what the latest epoch has come to."""
         epoch = self.history[-1]
-        train = _density(epoch.train_nll, epoch.train_bits_per_dim)
-        test = _density(epoch.test_nll, epoch.test_bits_per_dim)
-        return f"train {train}  test {test}  {self._cost()}"
+        train, test = epoch.train_nll, epoch.test_nll
+        if epoch.test_bits_per_dim is not None:
+            train, test = epoch.train_bits_per_dim, epoch.test_bits_per_dim
+        return f"train {train:.4f}  test {test:.4f} {self._unit()}  {self._cost()}"
+
+    def _unit(self) -> str:
+        return "nats" if self.bits_per_dim is None else "bits/dim"
 
     def _cost(self) -> str:
         speed = f"{self.samples_per_second:,.0f} samples/s"
@@ -214,7 +219,3 @@ def write_metrics(out: Path, history: Sequence[AnyEpoch]) -> None:
 def write_summary(out: Path, result: AnyResult) -> None:
     """Writes `summary.json`."""
     write_bytes(out / "summary.json", (json.dumps(as_record(result), indent=2) + "\n").encode())
-
-
-def _density(nll: float, bits_per_dim: float | None) -> str:
-    return f"{nll:.4f} nats" if bits_per_dim is None else f"{bits_per_dim:.4f} bits/dim"

@@ -91,6 +91,7 @@ def test_every_epoch_of_a_flow_leaves_a_line(run, flow_settings):
     assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
     for figure in ("bits/dim", "samples/s", "MiB"):
         assert all(figure in line for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_path_is_shown_as_it_is(run, settings, linear_model):

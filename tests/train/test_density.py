@@ -5,17 +5,18 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributions import MultivariateNormal, Normal
-from training_runs import BATCH_SIZE, STEPS_PER_EPOCH, options, start
+from training_runs import BATCH_SIZE, STEPS_PER_EPOCH, assert_same_run, options, start
 
 from revlib import flows
 from revlib.memory import MIB, measure_step
-from revlib.train import InputError, NonFiniteError, load_samples, train
+from revlib.train import InputError, NonFiniteError, load_samples, loop, train
 from revlib.train.density import Density
 from revlib.train.settings import FLOWS
 
@@ -109,6 +110,16 @@ def test_peak_activations_are_those_of_a_forward_and_a_backward_pass(flow_settin
 
     measured = metrics(finished_flow.out)[-1]["peak_activation_mib"] * MIB
     assert measured == pytest.approx(memory.peak.activations, abs=256)  # Scalars.
+
+
+def test_measuring_memory_changes_no_bit(flow_settings, finished_flow, monkeypatch):
+    peak = metrics(finished_flow.out)[-1]["peak_activation_mib"] * MIB
+    measured = SimpleNamespace(peak=SimpleNamespace(activations=int(peak)))
+    monkeypatch.setattr(loop, "measure_step", lambda step, **_: measured)
+
+    train(flow_settings)
+
+    assert_same_run(flow_settings.out, finished_flow.out)
 
 
 def test_rebuilding_takes_less_memory_than_storing(make_flow_settings, tmp_path):
