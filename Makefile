@@ -27,7 +27,7 @@ help: ## list these targets
 
 install: $(INSTALLED) ## make .venv with everything the other targets need
 
-demo: $(INSTALLED) ## train a RevNet and its ResNet twin on handwritten digits, compare them
+demo: $(INSTALLED) ## train a RevNet beside its ResNet twin, and two flows, on small data
 	$(BIN)/python -m benchmarks.demo
 
 check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a minute
