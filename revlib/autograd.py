@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from revlib.evaluate import Evaluate, Record, Replay
 from revlib.invertible import InvertibleModule
-from revlib.replay import Autocast, autocast_is_on
+from revlib.replay import Autocast, autocast_is_on, parts_of
 from revlib.streams import Form, Stream, Streams, convert, enter, form_within, leave, settle
 
 Policy = Literal["rebuild", "store", "recompute"]
@@ -48,7 +48,8 @@ class Leg:
 
 def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = False) -> Leg:
     """Returns the leg for a block, which is called whole unless its methods on streams serve."""
-    parameters = tuple(block.parameters())
+    held = [p for part in parts_of(block) for p in part._parameters.values()]
+    parameters = tuple(p for p in dict.fromkeys(held) if p is not None)
     if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
         policy = "store"  # autograd cannot pass on parameters that have no shape yet
     whole = not isinstance(block, InvertibleModule) or not block.on_streams or is_altered(block)

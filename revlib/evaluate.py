@@ -18,6 +18,7 @@ from revlib.replay import (
     Slot,
     differ,
     modes_set,
+    parts_of,
     rng_set,
     rng_states,
     slots,
@@ -124,7 +125,7 @@ class Record(Evaluate):
         device = _device(module, args)
         rng = rng_states(device)
         parts, parameters, buffers, scratch = [], [], [], []
-        for part in module.modules():
+        for part in parts_of(module):
             if isinstance(part, torch.jit.ScriptModule):
                 raise TypeError(
                     f"{self.label}: TorchScript hides the state of {part.original_name}, so it "

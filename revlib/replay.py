@@ -112,9 +112,19 @@ def autocast_is_on(device: torch.device) -> bool:
 
 def autocast_off(device: torch.device) -> AbstractContextManager[None]:
     """Keeps autocast from touching operations on `device`, for a while."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """Returns what `module.modules()` yields, several times as fast: it runs in every step."""
+    found: dict[nn.Module, None] = {}
+    pending = [module]
+    while pending:
+        part = pending.pop()
+        if part is not None and part not in found:
+            found[part] = None
+            pending.extend(reversed(part._modules.values()))
+    return list(found)
 
 
 def slots(holder: dict[str, Tensor | None], *, with_empty: bool = False) -> list[Slot]:

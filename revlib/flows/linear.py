@@ -294,10 +294,10 @@ class InvertibleConv1x1(ChannelMap):
     def weights(self) -> tuple[Tensor, None, Tensor]:
         if not self.lu:
             return self.weight, None, torch.linalg.slogdet(self.weight).logabsdet
-        lower = self.lower.tril(-1) + torch.eye(self.channels).to(self.lower)
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
-        with autocast_off(lower.device):
-            return self.permutation @ lower @ upper, None, self.log_diagonal.sum()
+        with autocast_off(upper.device):
+            product = torch.addmm(upper, self.lower.tril(-1), upper)  # L U, without L's diagonal
+            return self.permutation @ product, None, self.log_diagonal.sum()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lu={self.lu}"
