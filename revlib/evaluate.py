@@ -325,8 +325,9 @@ class Replay(Evaluate):
 
 def _device(module: nn.Module, args: tuple[Any, ...]) -> torch.device:
     """Returns where an evaluation takes place."""
-    tensors = chain(tree_leaves(args), module.parameters())
-    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
+    held = (p for part in parts_of(module) for p in part._parameters.values())
+    tensors = (t for t in chain(tree_leaves(args), held) if isinstance(t, Tensor))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _version(x: Tensor | None) -> int | None:
