@@ -75,12 +75,7 @@ class Evaluate:
     Args:
         context: The conditioning input, or None.
         label: What errors call the block.
-
-    Attributes:
-        is_replay: Whether this is the second evaluation, in backward.
     """
-
-    is_replay = False
 
     def __init__(self, context: Tensor | None = None, label: str = "block") -> None:
         self.context = context
@@ -172,8 +167,6 @@ class Replay(Evaluate):
         gradients: The parameters' gradients collected so far.
         context_gradient: The context's gradient collected so far.
     """
-
-    is_replay = True
 
     def __init__(
         self,

@@ -104,6 +104,11 @@ class Autocast:
             yield
 
 
+def in_backward() -> bool:
+    """Tells whether this thread is running a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def autocast_is_on(device: torch.device) -> bool:
     """Tells whether autocast is in force for operations on `device`."""
     kind = device.type

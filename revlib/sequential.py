@@ -82,6 +82,14 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                 raise TypeError(f"inverse needs every block to have one; {leg.label} has none")
         return self._run(legs[::-1], y, context)
 
+    @property
+    def cheap_inverse(self) -> bool:
+        return all(getattr(block, "cheap_inverse", False) for block in self)
+
+    @property
+    def cheap_forward(self) -> bool:
+        return all(getattr(block, "cheap_forward", False) for block in self)
+
     def policies(self) -> list[Policy]:
         """Returns the policy in force for each block."""
         return self._resolve(self.policy)
@@ -172,7 +180,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                 f"{label} has no inverse to rebuild by; derive it from revlib.InvertibleModule, "
                 "or give it policy 'store' or 'recompute'"
             )
-        if block.cheap_inverse:
+        if block.cheap_inverse or _runs_as_its_blocks(block):
             return policy
         if asked_for:
             raise ValueError(
@@ -207,9 +215,11 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """Returns the chain's legs first to last, with those of chains among its blocks."""
         legs = []
         for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
-            if store or (inverse and policy == "rebuild" and not block.cheap_forward):
+            runs_as_its_blocks = _runs_as_its_blocks(block)
+            cannot_rebuild = inverse and policy == "rebuild" and not block.cheap_forward
+            if store or (cannot_rebuild and not runs_as_its_blocks):
                 policy = "store"
-            if policy != "recompute" and _runs_as_its_blocks(block):
+            if policy != "recompute" and runs_as_its_blocks:
                 legs += block._legs(f"{prefix}{name}.", inverse=inverse, store=policy == "store")
             else:
                 legs.append(make_leg(block, prefix + name, policy, inverse=inverse))

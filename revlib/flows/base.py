@@ -46,11 +46,12 @@ class StandardNormal(nn.Module):
         if not all(isinstance(latent, Tensor) for latent in latents):
             raise TypeError(f"z must be a tensor or a tuple of tensors; got {type(z).__name__}")
         shapes = tuple(tuple(latent.shape[1:]) for latent in latents)
+        if self.shapes and shapes != self.shapes:
+            raise ValueError(f"latents must have the shapes {self.shapes}; got {shapes}")
+        log_prob = sum(functional.gaussian_log_prob(latent) for latent in latents)
         if not self.shapes:
             self.shapes = shapes
-        if shapes != self.shapes:
-            raise ValueError(f"latents must have the shapes {self.shapes}; got {shapes}")
-        return sum(functional.gaussian_log_prob(latent) for latent in latents)
+        return log_prob
 
     def sample(self, n: int, temperature: float = 1.0) -> Latent:
         """Draws n latents, with standard deviations of `temperature`."""
@@ -59,7 +60,7 @@ class StandardNormal(nn.Module):
         if not self.shapes:
             raise RuntimeError(
                 "sample needs the shapes of the latents: give the flow "
-                "base=revlib.flows.StandardNormal(shape), or call log_prob first"
+                "shape=..., or base=revlib.flows.StandardNormal(shape), or call log_prob first"
             )
         latents = [
             temperature * torch.randn(n, *shape, dtype=self.like.dtype, device=self.like.device)

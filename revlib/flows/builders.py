@@ -3,11 +3,16 @@
 import math
 from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from revlib.autograd import Policy
 from revlib.flows.base import StandardNormal
-from revlib.flows.conditioners import MLP, GlowConvNet, ResidualConvNet
+from revlib.flows.conditioners import (
+    MLP,
+    ConvWithContext,
+    GlowConvNet,
+    ResidualConvNet,
+)
 from revlib.flows.couplings import AdditiveCoupling, AffineCoupling, SplineCoupling
 from revlib.flows.flow import Flow
 from revlib.flows.layer import FlowLayer
@@ -221,6 +226,9 @@ def spline_flow(
 ) -> Flow:
     """Builds a neural spline flow: Glow's architecture with rational-quadratic couplings.
 
+    The paper's flows of images have residual conditioners and fewer, wider bins; these are Glow's
+    conditioners with the paper's 8 bins for vectors. `subnet_constructor` and `bins` choose.
+
     Args:
         shape: The shape of one sample, (channels, height, width) or (features,).
         levels: As for :func:`revlib.flows.glow`.
@@ -299,21 +307,17 @@ def multiscale(
         chain += [Squeeze(), *level(channels)]
         if i < levels - 1:
             channels //= 2
-            chain.append(Split(ZeroConv2d(channels, 2 * channels)))
+            chain.append(Split(make_prior(channels, context)))
         latents.append((channels, height, width))
     return make_flow(chain, latents, shape, policy)
 
 
-class ZeroConv2d(nn.Conv2d):
-    """A 3x3 convolution that starts as zero: what a learned prior is made of."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__(c_in, c_out, 3, padding=1)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(x)
+def make_prior(channels: int, context: int) -> nn.Module:
+    """Builds what a learned prior is made of: a 3x3 convolution that starts as zero."""
+    prior = ConvWithContext("Split", channels, 2 * channels, context)
+    for parameter in prior.parameters():
+        nn.init.zeros_(parameter)
+    return prior
 
 
 def make_flow(chain: list[FlowLayer], latents: list[Shape], shape: Shape, policy: Policy) -> Flow:

@@ -202,7 +202,7 @@ class ConvWithContext(nn.Module):
         if context_channels:
             self.context_conv = nn.Conv2d(context_channels, c_out, 1, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_shape(self.net, "x", x, ("batch", self.conv.in_channels, "height", "width"))
         check_presence(self.net, context, "context_channels", self.context_channels)
         if context is None:

@@ -1,6 +1,8 @@
 """Finds the layer that made a number infinite or NaN."""
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,17 +15,21 @@ class NonFiniteError(ArithmeticError):
 
 
 def is_known_nonfinite(result: Tensor) -> bool:
-    """Tells whether `result` is not finite, where looking costs nothing: on a CPU.
+    """Tells whether `result` is not finite, as far as one can look."""
+    return can_look(result) and not is_finite(result)
 
-    On a GPU the look would wait for all that was launched before.
+
+def can_look(x: Tensor) -> bool:
+    """Tells whether looking at values costs nothing: on a CPU, and not while a graph is traced.
+
+    On a GPU a look would wait for all that was launched before.
     """
-    can_look = (
-        result.device.type == "cpu"
-        and type(result) is Tensor
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
-    return can_look and not is_finite(result)
 
 
 def find_nonfinite(
@@ -33,6 +39,7 @@ def find_nonfinite(
     if not is_finite(x, *latents, *(() if context is None else (context,))):
         return "what was put in is not finite"
     latents = list(latents)
+    legs = [replace(leg, block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
     with torch.no_grad(), torch.random.fork_rng():
         for leg in legs:
             outcome = run_chain([leg], x, context, take_latents(leg, latents))
@@ -42,7 +49,7 @@ def find_nonfinite(
                 return f"{leg.label} made the log_det of sample {sample} {log_det[sample]}"
             if not is_finite(x, *left):
                 return f"{leg.label} made its result infinite or NaN"
-    return "no layer by itself makes it so"
+    return f"all layers are finite; what comes out is up to {x.abs().max().item():.3g}"
 
 
 def is_finite(*tensors: Tensor) -> bool:

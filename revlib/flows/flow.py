@@ -10,9 +10,10 @@ from revlib.flows.base import Base, StandardNormal, TorchBase
 from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
 from revlib.flows.finite import NonFiniteError, is_known_nonfinite
-from revlib.flows.layer import FlowLayer
+from revlib.flows.layer import FlowLayer, Latent
 from revlib.flows.linear import refuse_sharded_start
 from revlib.flows.sequential import FlowSequential
+from revlib.replay import modes_set, parts_of
 
 
 class Flow(nn.Module):
@@ -23,9 +24,10 @@ class Flow(nn.Module):
 
     Args:
         transform: A chain, or one layer, from data to latent.
-        base: The distribution of the latent: None for the standard normal one, a
-            `torch.distributions.Distribution` over a sample's latent, or a module with the two
-            methods of :class:`revlib.flows.StandardNormal`.
+        base: The distribution of the latent: None for the standard normal one, a module with
+            the two methods of :class:`revlib.flows.StandardNormal`, or a
+            `torch.distributions.Distribution` over a sample's latent. The tensors of the last
+            are no parameters of the flow, and stay in their dtype and where they are.
         shape: The shape of one sample; by default that of the first x.
 
     Shape:
@@ -81,10 +83,12 @@ class Flow(nn.Module):
         refuse_sharded_start(self)
         x = self._checked(x)
         z, log_det = self.transform(x, context)
-        log_prob = self.base.log_prob(z) + log_det
+        log_prob = self._base_log_prob(z, log_det) + log_det
         if is_known_nonfinite(log_prob):
             where = self.transform.find_nonfinite(x, context)
             raise NonFiniteError(f"log_prob must stay finite; {where}")
+        if self.shape is None:
+            self.shape = tuple(x.shape[1:])
         return log_prob
 
     def nll(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -110,7 +114,7 @@ class Flow(nn.Module):
             context: The conditioning input of each of them, [n, ...], or of all, [1, ...].
             temperature: The standard deviation of the latent: below 1 for less varied samples.
         """
-        x, _ = self.transform.inverse(self.base.sample(n, temperature), self._context(n, context))
+        x, _ = self._run_inverse(self._latent(n, context, temperature), n, context)
         return x
 
     def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -120,9 +124,9 @@ class Flow(nn.Module):
             n: How many.
             context: As for `sample`.
         """
-        z = self.base.sample(n)
-        x, log_det = self.transform.inverse(z, self._context(n, context))
-        return x, self.base.log_prob(z) - log_det
+        z = self._latent(n, context)
+        x, log_det = self._run_inverse(z, n, context)
+        return x, self._base_log_prob(z, log_det) - log_det
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """Returns the flow as a `torch.distributions.Distribution`.
@@ -141,10 +145,9 @@ class Flow(nn.Module):
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}")
-        if self.shape is None:
-            self.shape = tuple(x.shape[1:])
-        if tuple(x.shape[1:]) != self.shape or x.ndim < 2:
-            raise ValueError(f"x must be [batch, {_listed(self.shape)}]; got {list(x.shape)}")
+        if x.ndim < 2 or self.shape not in (None, tuple(x.shape[1:])):
+            sizes = "..." if self.shape is None else ", ".join(map(str, self.shape))
+            raise ValueError(f"x must be [batch, {sizes}]; got {list(x.shape)}")
         if x.is_floating_point():
             return x
         if x.is_complex():
@@ -152,12 +155,40 @@ class Flow(nn.Module):
         floats = (p.dtype for p in self.parameters() if p.is_floating_point())
         return x.to(next(floats, torch.get_default_dtype()))
 
-    def _context(self, n: int, context: Tensor | None) -> Tensor | None:
+    def _base_log_prob(self, z: Latent, log_det: Tensor) -> Tensor:
+        log_prob = self.base.log_prob(z)
+        if log_prob.shape != log_det.shape:
+            raise ValueError(
+                f"base must give one log density for each sample, {list(log_det.shape)}; "
+                f"got {list(log_prob.shape)}"
+            )
+        return log_prob
+
+    def _latent(self, n: int, context: Tensor | None, temperature: float = 1.0) -> Latent:
         check_context(context, n)
+        if isinstance(self.base, StandardNormal) and not self.base.shapes and self.shape:
+            self._find_latent_shapes(context)
+        # Another base may know no temperature.
+        return self.base.sample(n, **({} if temperature == 1 else {"temperature": temperature}))
+
+    def _find_latent_shapes(self, context: Tensor | None) -> None:
+        """Shows the base the latent of a sample, and leaves no other trace."""
+        parts = parts_of(self.transform)
+        with torch.no_grad(), torch.random.fork_rng(), modes_set(parts, [False] * len(parts)):
+            x = self._checked(torch.zeros(1, *self.shape, dtype=torch.long))
+            x = x.to(self.base.like.device)
+            z, _ = self.transform(x, None if context is None else context[:1])
+            self.base.log_prob(z)
+
+    def _run_inverse(self, z: Latent, n: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        context = self._context(n, context)
+        x, log_det = self.transform.inverse(z, context)
+        if is_known_nonfinite(x):
+            where = self.transform.find_nonfinite(z, context, inverse=True)
+            raise NonFiniteError(f"samples must stay finite; {where}")
+        return x, log_det
+
+    def _context(self, n: int, context: Tensor | None) -> Tensor | None:
         if context is None:
             return None
         return context.expand(n, *context.shape[1:])
-
-
-def _listed(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape)) or "..."

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows.layer import FlowLayer
 from revlib.streams import Form, Streams
@@ -36,7 +37,7 @@ class Inverse(FlowLayer):
 
     @property
     def form(self) -> Form:
-        return self.layer.form if self.layer.on_streams else "whole"
+        return "whole" if self._is_whole else self.layer.form
 
     @property
     def cheap_inverse(self) -> bool:
@@ -48,7 +49,11 @@ class Inverse(FlowLayer):
 
     @property
     def _methods(self) -> type[FlowLayer]:
-        return type(self.layer) if self.layer.on_streams else FlowLayer
+        return self.layer.contract if self._is_whole else type(self.layer)
+
+    @property
+    def _is_whole(self) -> bool:
+        return not self.layer.on_streams or is_altered(self.layer)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.layer.inverse(x, context)

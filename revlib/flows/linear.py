@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from revlib import functional
 from revlib.evaluate import Evaluate, Replay
@@ -19,8 +20,13 @@ from revlib.flows.checks import (
 from revlib.flows.finite import NonFiniteError, is_finite
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.functional._checks import check_flags
-from revlib.replay import autocast_off
+from revlib.replay import autocast_off, in_backward
 from revlib.streams import Streams, memory_format
+
+# Of the typical standard deviation of a channel: below it a channel counts as constant.
+STEADY = 1e-3
+# Of a standard deviation: what `actnorm_init` gives for a constant channel, and a little more.
+NOTHING = 2e-6
 
 
 class DiagonalScaling(FlowLayer):
@@ -54,12 +60,12 @@ class DiagonalScaling(FlowLayer):
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,), (log_scale,) = streams, evaluate.weights(self)
         check_sample_shape(evaluate.label, x, self.log_scale.shape)
-        return (x * log_scale.exp()).to(x.dtype), zeros(x) + log_scale.sum()
+        return (x * log_scale.exp()).to(x.dtype), zeros(x) + wide_sum(log_scale)
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,), (log_scale,) = streams, evaluate.weights(self)
         check_sample_shape(evaluate.label, y, self.log_scale.shape)
-        return (y * (-log_scale).exp()).to(y.dtype), zeros(y) - log_scale.sum()
+        return (y * (-log_scale).exp()).to(y.dtype), zeros(y) - wide_sum(log_scale)
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
@@ -67,7 +73,8 @@ class DiagonalScaling(FlowLayer):
         (y,), (dy, dlog_det) = outputs, gradients
         (log_scale,), pullback = evaluate.vjp_weights(self)
         pullback(((dy * y).sum(0) + dlog_det.sum(),))
-        return (y * (-log_scale).exp(),), (dy * log_scale.exp(),)
+        x, dx = y * (-log_scale).exp(), dy * log_scale.exp()
+        return (x.to(y.dtype),), (dx.to(y.dtype),)
 
     def inverse_backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
@@ -75,7 +82,8 @@ class DiagonalScaling(FlowLayer):
         (x,), (dx, dlog_det) = outputs, gradients
         (log_scale,), pullback = evaluate.vjp_weights(self)
         pullback((-(dx * x).sum(0) - dlog_det.sum(),))
-        return (x * log_scale.exp(),), (dx * (-log_scale).exp(),)
+        y, dy = x * log_scale.exp(), dx * (-log_scale).exp()
+        return (y.to(x.dtype),), (dy.to(x.dtype),)
 
 
 class ActNorm(FlowLayer):
@@ -153,26 +161,42 @@ class ActNorm(FlowLayer):
     @torch.no_grad()
     def initialize(self, x: Tensor, evaluate: Evaluate) -> None:
         """Sets the parameters from `x`, if this is the batch that decides."""
-        if self._seen_initialized or not self.training or evaluate.is_replay or not len(x):
+        if self._seen_initialized or not self.training or in_backward() or not len(x):
             return
         if x.is_meta or isinstance(x, FakeTensor):
             return
         if not self.initialized:
-            log_scale, bias = map(mean_over_processes, functional.actnorm_init(x))
+            log_scale, bias = map(mean_over_processes, first_parameters(x))
             if not is_finite(log_scale, bias):
                 raise NonFiniteError(
                     f"{evaluate.label}: ActNorm cannot start from a batch that is not finite"
                 )
-            self.log_scale.copy_(log_scale)
-            self.bias.copy_(bias)
-        self._seen_initialized = True
+            for name, value in (("log_scale", log_scale), ("bias", bias)):
+                if parametrize.is_parametrized(self, name):
+                    setattr(self, name, value)
+                else:
+                    getattr(self, name).copy_(value)
+        self._seen_initialized = self.initialized
 
     def extra_repr(self) -> str:
         return f"channels={len(self.log_scale)}"
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._seen_initialized = False
+        self._seen_initialized = not self.log_scale.is_meta and self.initialized
+
+
+def first_parameters(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the log-scales and biases that normalise a batch.
+
+    A channel that hardly varies in it may vary in the next one, so it is scaled as the channels
+    are on the whole. Where none varies, as in a batch of one vector, the result is 0.
+    """
+    log_scale, bias = functional.actnorm_init(x)
+    std, mean = (-log_scale).exp(), -bias * (-log_scale).exp()
+    typical = std.square().mean().sqrt()
+    std = torch.where(std < STEADY * typical, typical, std)
+    return tuple(torch.where(typical <= NOTHING, 0, t) for t in (-std.log(), -mean / std))
 
 
 def refuse_sharded_start(module: nn.Module) -> None:
@@ -217,8 +241,9 @@ class ChannelMap(FlowLayer):
         check_channels(evaluate.label, y, self.channels)
         matrix, bias, log_abs_det = evaluate.weights(self)
         inverse = inverted(matrix)
-        bias = None if bias is None else -inverse @ bias
-        return shifted(mapped(y, inverse), bias), zeros(y) - space(y) * log_abs_det
+        return shifted(mapped(y, inverse), unshifted(inverse, bias)), zeros(y) - space(
+            y
+        ) * log_abs_det
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
@@ -226,7 +251,7 @@ class ChannelMap(FlowLayer):
         (y,), (dy, dlog_det) = outputs, gradients
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
         inverse = inverted(matrix)
-        x = shifted(mapped(y, inverse), None if bias is None else -inverse @ bias)
+        x = shifted(mapped(y, inverse), unshifted(inverse, bias))
         dx = mapped(dy, matrix.T)
         pullback((outer(dy, x), per_channel(dy), space(y) * dlog_det.sum()))
         return (x,), (dx,)
@@ -293,11 +318,12 @@ class InvertibleConv1x1(ChannelMap):
 
     def weights(self) -> tuple[Tensor, None, Tensor]:
         if not self.lu:
-            return self.weight, None, torch.linalg.slogdet(self.weight).logabsdet
+            weight = self.weight  # once: a parametrization may give another one each time
+            return weight, None, torch.linalg.slogdet(weight).logabsdet
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
         with autocast_off(upper.device):
             product = torch.addmm(upper, self.lower.tril(-1), upper)  # L U, without L's diagonal
-            return self.permutation @ product, None, self.log_diagonal.sum()
+            return self.permutation @ product, None, wide_sum(self.log_diagonal)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lu={self.lu}"
@@ -334,7 +360,7 @@ class ActNormConv1x1(ChannelMap):
         log_scale, bias = self.actnorm.weights()
         matrix, _, log_abs_det = self.conv.weights()
         with autocast_off(matrix.device):
-            return matrix * log_scale.exp(), matrix @ bias, log_abs_det + log_scale.sum()
+            return matrix * log_scale.exp(), matrix @ bias, log_abs_det + wide_sum(log_scale)
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,) = streams
@@ -361,6 +387,14 @@ def shifted(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x.add_(bias.to(x.dtype).view(-1, *(1,) * (x.ndim - 2)))
 
 
+def unshifted(inverse: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Returns the bias of the inverse map."""
+    if bias is None:
+        return None
+    with autocast_off(bias.device):
+        return -inverse @ bias
+
+
 def inverted(matrix: Tensor) -> Tensor:
     """Inverts a small matrix in float64, and gives the result in its own dtype."""
     # inv_ex does not make the CPU wait for the GPU to say whether the matrix is singular.
@@ -379,6 +413,10 @@ def outer(dy: Tensor, x: Tensor) -> Tensor:
 
 def per_channel(x: Tensor) -> Tensor:
     return x.sum((0, *range(2, x.ndim)), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def wide_sum(log_scale: Tensor) -> Tensor:
+    return log_scale.sum(dtype=torch.promote_types(log_scale.dtype, torch.float32))
 
 
 def space(x: Tensor) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from revlib.flows.checks import check_samples
+from revlib.flows.finite import can_look
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.functional._checks import check_integer
 
@@ -18,7 +19,8 @@ class Dequantize(FlowLayer):
               \log\left|\det J\right| = -D \log K
 
     where D is the number of elements of a sample. With it the log density of a flow is a lower
-    bound of the log probability of the whole numbers. `inverse` gives exactly those back.
+    bound of the log probability of the whole numbers. `inverse` gives exactly
+    those back, but for streams in half precision.
 
     Args:
         levels: The number of levels K, from 2 to 4096: x is from 0 to K - 1.
@@ -48,6 +50,13 @@ class Dequantize(FlowLayer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_samples("Dequantize", x)
+        if can_look(x):
+            wrong = (x < 0) | (x > self.levels - 1) | (x != x.floor())
+            if wrong.any():
+                raise ValueError(
+                    f"Dequantize: x must hold whole numbers from 0 to {self.levels - 1}; "
+                    f"got {x[wrong][0].item():.6g}"
+                )
         noise = torch.rand_like(x) * (1 - self.margin)
         return (x + noise) / self.levels, zeros(x) + self._log_det(x)
 
@@ -87,6 +96,8 @@ class Logit(FlowLayer):
         >>> torch.allclose(revlib.flows.Logit().inverse(z)[0], x, atol=1e-6)
         True
     """
+
+    cheap_forward = False  # where the sigmoid is 0 or 1, the logit is lost
 
     def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
@@ -164,4 +175,5 @@ class Affine(FlowLayer):
                 )
 
     def _log_std(self, x: Tensor) -> Tensor:
-        return self.std.log().expand(x.shape[1:]).sum()
+        std = self.std.to(torch.promote_types(self.std.dtype, torch.float32))
+        return std.log().expand(x.shape[1:]).sum()

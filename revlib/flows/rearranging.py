@@ -47,7 +47,7 @@ class Rearrangement(FlowLayer):
         return (self.move(*outputs),), (self.move(gradients[0]),)
 
 
-class Permutation(Rearrangement):
+class Permutation(FlowLayer):
     """Puts the channels in another order: `y[:, i] = x[:, indices[i]]`.
 
     Args:
@@ -80,13 +80,31 @@ class Permutation(Rearrangement):
         check_channel_count("Permutation.random", channels)
         return cls(torch.randperm(channels))
 
-    def move(self, x: Tensor) -> Tensor:
-        check_channels("Permutation", x, len(self.indices))
-        return selected(x, self.indices)
+    def weights(self) -> Streams:
+        return (self.indices,)
 
-    def move_back(self, y: Tensor) -> Tensor:
-        check_channels("Permutation", y, len(self.indices))
-        return selected(y, self.indices.argsort())
+    def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        (x,), (indices,) = streams, evaluate.weights(self)
+        check_channels(evaluate.label, x, len(indices))
+        return selected(x, indices), None
+
+    def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
+        (y,), (indices,) = streams, evaluate.weights(self)
+        check_channels(evaluate.label, y, len(indices))
+        return selected(y, indices.argsort()), None
+
+    def backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        (y,), (dy, _), (indices,) = outputs, gradients, evaluate.weights(self)
+        back = indices.argsort()
+        return (selected(y, back),), (selected(dy, back),)
+
+    def inverse_backward_streams(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay
+    ) -> tuple[Streams, Streams]:
+        (x,), (dx, _), (indices,) = outputs, gradients, evaluate.weights(self)
+        return (selected(x, indices),), (selected(dx, indices),)
 
     def extra_repr(self) -> str:
         return f"channels={len(self.indices)}"

@@ -1,5 +1,6 @@
 """Runs modules of FrEIA."""
 
+import math
 from collections.abc import Collection, Iterator
 from functools import partial
 
@@ -29,8 +30,8 @@ TWO_SIDED = {
 
 SEVERAL_TENSORS = ("Concat", "ConcatChannel", "GaussianMixtureModel", "Split", "SplitChannel")
 
-# Modules whose inverse iterates, or is only learned.
-NO_CHEAP_INVERSE = {"IResNetLayer", "InvAutoConv2D", "InvAutoFC"}
+# Modules whose inverse iterates, is only learned, or loses what the module saturates.
+NO_CHEAP_INVERSE = {"InvertibleSigmoid", "IResNetLayer", "InvAutoConv2D", "InvAutoFC"}
 
 WRITES_TO_INPUT = ("HaarDownsampling", "HaarUpsampling")
 
@@ -147,7 +148,7 @@ class Mixing(FlowLayer):
             if self.before:
                 return block._pre_permute(x, rev=inverse), zeros(x)
             y, log_det = block._permute(x, rev=inverse)
-        log_det = log_det * x[0, 0].numel()
+        log_det = log_det * math.prod(x.shape[2:])
         return y, per_sample(-log_det if inverse else log_det, x)
 
 

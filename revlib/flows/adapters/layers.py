@@ -32,7 +32,7 @@ class Called(FlowLayer):
         module: The user's module.
         run: Runs it.
         flip: Whether its own forward direction goes from latent to data.
-        cheap_inverse: Whether a chain may rebuild it.
+        cheap_inverse: Whether a chain may rebuild it, in either direction.
     """
 
     on_streams = False
@@ -43,7 +43,7 @@ class Called(FlowLayer):
         super().__init__()
         self.module = module
         self.flip = flip
-        self.cheap_inverse = cheap_inverse
+        self.cheap_inverse = self.cheap_forward = cheap_inverse
         self._run = run
 
     @property

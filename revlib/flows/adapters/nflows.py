@@ -11,7 +11,7 @@ from revlib.evaluate import Evaluate
 from revlib.flows.adapters.layers import Called, Coupling, Steps, stand_in
 from revlib.flows.layer import FlowLayer
 from revlib.flows.sequential import FlowSequential
-from revlib.replay import modes_set
+from revlib.replay import in_backward, modes_set
 from revlib.streams import Streams
 
 
@@ -114,6 +114,10 @@ class ActNorm(Called):
     In training mode the forward direction does so at its first call.
     """
 
+    def call(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        with modes_set([self.module], [self.module.training and not in_backward()]):
+            return super().call(x, context, inverse=inverse)
+
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         with modes_set([self.module], [self.module.training and not self.flip]):
             return super().forward_streams(streams, evaluate)
@@ -131,7 +135,9 @@ def has_cheap_inverse(module: nn.Module) -> bool:
     has_inverse = type(module).inverse is not transforms.Transform.inverse
     # What is in a cache belongs to the graph of the evaluation that put it there.
     caches = isinstance(module, Linear) and module.using_cache
-    return has_inverse and not caches and not isinstance(module, AutoregressiveTransform)
+    # A sigmoid saturates, and its inverse does not get back what was lost.
+    lost = isinstance(module, (AutoregressiveTransform, transforms.Sigmoid))
+    return has_inverse and not caches and not lost
 
 
 def see_kept(module: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:

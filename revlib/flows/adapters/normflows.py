@@ -14,13 +14,16 @@ from revlib.flows.sequential import FlowSequential
 from revlib.flows.split import Split
 from revlib.streams import Streams
 
-# Flows that go back by iterating, or not to where they came from; and base classes of such flows.
+# Flows that go back by iterating, or not to where they came from, or that saturate; and base
+# classes of such flows.
 NO_CHEAP_INVERSE = {
     "Autoregressive",
     "AutoregressiveRationalQuadraticSpline",
     "CircularAutoregressiveRationalQuadraticSpline",
     "HamiltonianMonteCarlo",
     "MetropolisHastings",
+    "Logit",
+    "PeriodicShift",
     "PeriodicWrap",
     "Planar",
     "Residual",
