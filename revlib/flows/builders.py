@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from revlib.autograd import Policy
+from revlib.flows.actnorm import ActNorm
 from revlib.flows.base import StandardNormal
+from revlib.flows.channel_map import ActNormConv1x1
 from revlib.flows.conditioners import (
     MLP,
     ConvWithContext,
@@ -16,9 +18,9 @@ from revlib.flows.conditioners import (
 from revlib.flows.couplings import AdditiveCoupling, AffineCoupling, SplineCoupling
 from revlib.flows.flow import Flow
 from revlib.flows.layer import FlowLayer
-from revlib.flows.linear import ActNorm, ActNormConv1x1, DiagonalScaling
 from revlib.flows.preprocessing import Affine, Dequantize, Logit
 from revlib.flows.rearranging import Flatten, Permutation, Squeeze
+from revlib.flows.scaling import DiagonalScaling
 from revlib.flows.sequential import FlowSequential
 from revlib.flows.split import Split
 

@@ -127,6 +127,11 @@ def zeros(x: Tensor) -> Tensor:
     return x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def wide_sum(log_scale: Tensor) -> Tensor:
+    """Sums log-scales in float32 or wider."""
+    return log_scale.sum(dtype=torch.promote_types(log_scale.dtype, torch.float32))
+
+
 def checked_result(result: object, label: str) -> tuple[Latent, Tensor]:
     """Checks what a layer of the user's own returns."""
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Tensor)):
