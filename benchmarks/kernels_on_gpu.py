@@ -4,7 +4,7 @@ Each op is held against a copy on the device, against plain PyTorch and against 
 it. Results are written after every measurement: what fails takes nothing else with it.
 
 Run:    make gpu-bench, or this alone: python -m benchmarks.kernels_on_gpu runs/gpu-bench
-Dry:    TRITON_INTERPRET=1 python -m benchmarks.kernels_on_gpu /tmp/dry --device cpu
+Dry:    TRITON_INTERPRET=1 python -m benchmarks.kernels_on_gpu runs/dry --device cpu
 """
 
 import argparse

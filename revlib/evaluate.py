@@ -28,12 +28,22 @@ from revlib.replay import (
 from revlib.streams import Streams
 
 
-class Inverse(nn.Module):
-    """Stands for a block called the other way round: calling it calls `block.inverse`."""
+class StandIn(nn.Module):
+    """Stands for something that a block computes: two for the same of one block are equal."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.block is self.block
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.block))
+
+
+class Inverse(StandIn):
+    """Stands for a block called the other way round: calling it calls `block.inverse`."""
 
     def forward(self, y: Tensor, *context: Tensor) -> Tensor:
         return self.block.inverse(y, *context)
@@ -41,28 +51,12 @@ class Inverse(nn.Module):
     def inverse(self, x: Tensor, *context: Tensor) -> Tensor:
         return self.block(x, *context)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Inverse) and other.block is self.block
 
-    def __hash__(self) -> int:
-        return hash((Inverse, self.block))
-
-
-class Weights(nn.Module):
+class Weights(StandIn):
     """Stands for what a block makes of its own parameters: calling it calls `block.weights`."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
 
     def forward(self) -> Streams:
         return self.block.weights()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Weights) and other.block is self.block
-
-    def __hash__(self) -> int:
-        return hash((Weights, self.block))
 
 
 class Evaluate:

@@ -1,7 +1,5 @@
 """Layers that apply one matrix to the channels of every pixel."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +9,7 @@ from revlib.flows.actnorm import ActNorm
 from revlib.flows.checks import check_channel_count, check_channels
 from revlib.flows.layer import FlowLayer, wide_sum, zeros
 from revlib.functional._checks import check_flags
+from revlib.reference._actnorm import space, sum_per_channel
 from revlib.replay import autocast_off
 from revlib.streams import Streams, memory_format
 
@@ -53,7 +52,7 @@ class ChannelMap(FlowLayer):
         inverse = inverted(matrix)
         x = shifted(mapped(y, inverse), unshifted(inverse, bias))
         dx = mapped(dy, matrix.T)
-        pullback((outer(dy, x), per_channel(dy), space(y) * dlog_det.sum()))
+        pullback((outer(dy, x), sum_per_channel(dy), space(y) * dlog_det.sum()))
         return (x,), (dx,)
 
     def inverse_backward_streams(
@@ -64,7 +63,7 @@ class ChannelMap(FlowLayer):
         y = shifted(mapped(x, matrix), bias)
         dy = mapped(dx, inverted(matrix).T)
         # With x = V (y - b) and V the inverse of W, dW = -V^T dx (y - b)^T V^T = -dy x^T.
-        pullback((-outer(dy, x), -per_channel(dy), -space(x) * dlog_det.sum()))
+        pullback((-outer(dy, x), -sum_per_channel(dy), -space(x) * dlog_det.sum()))
         return (y,), (dy,)
 
     def extra_repr(self) -> str:
@@ -209,12 +208,3 @@ def outer(dy: Tensor, x: Tensor) -> Tensor:
         if x.ndim == 2:
             return dy.T @ x
         return (dy.flatten(2) @ x.flatten(2).mT).sum(0)
-
-
-def per_channel(x: Tensor) -> Tensor:
-    return x.sum((0, *range(2, x.ndim)), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def space(x: Tensor) -> int:
-    """Returns the number of pixels of a sample."""
-    return math.prod(x.shape[2:])

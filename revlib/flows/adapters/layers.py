@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revlib.evaluate import Evaluate, Replay
+from revlib.evaluate import Evaluate, Inverse, Replay
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.replay import rng_set, rng_states
 from revlib.streams import Streams
@@ -67,7 +67,7 @@ class Called(FlowLayer):
         return super().forward_streams(streams, evaluate)
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
-        initialize(Backwards(self), *streams, evaluate.context)
+        initialize(Inverse(self), *streams, evaluate.context)
         return super().inverse_streams(streams, evaluate)
 
 
@@ -242,17 +242,6 @@ class Couple(Part):
     def inverse(self, streams: Streams, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layer, inverse = self._key
         return layer.couple(streams[0], streams[1:], context, inverse=not inverse)
-
-
-class Backwards(nn.Module):
-    """Stands for a layer called the other way round."""
-
-    def __init__(self, layer: FlowLayer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.layer.inverse(z, context)
 
 
 class Answer:
