@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -111,16 +111,16 @@ class Record(Evaluate):
         self.evaluations: list[Evaluation] = []
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        device = _device(module, args)
+        parts = parts_of(module)
+        device = _device(parts, args)
         rng = rng_states(device)
-        parts, parameters, buffers, scratch = [], [], [], []
-        for part in parts_of(module):
+        parameters, buffers, scratch = [], [], []
+        for part in parts:
             if isinstance(part, torch.jit.ScriptModule):
                 raise TypeError(
                     f"{self.label}: TorchScript hides the state of {part.original_name}, so it "
                     "cannot be evaluated again as it was; give the block policy='store'"
                 )
-            parts.append(part)
             parameters += slots(part._parameters)
             kind = scratch if writes_statistics_only(part) else buffers
             kind += slots(part._buffers, with_empty=True)
@@ -246,22 +246,23 @@ class Replay(Evaluate):
         """Calls the block's own inverse, where the block was evaluated whole."""
         evaluation = self._pending[module][-1]
         args = (y,) if self.context is None else (y, self.context)
-        with torch.no_grad(), self._as_the_first_time(evaluation, _device(module, args)):
+        with torch.no_grad(), self._as_the_first_time(evaluation, args):
             return super()._call(Inverse(module), args)
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         evaluation = self._pending[module].pop()
-        with self._as_the_first_time(evaluation, _device(module, args)):
+        with self._as_the_first_time(evaluation, args):
             return super()._call(module, args)
 
     @contextmanager
-    def _as_the_first_time(self, evaluation: Evaluation, device: torch.device) -> Iterator[None]:
-        with (
-            modes_set(evaluation.parts, evaluation.modes),
-            tensors_set(self._substitutes(evaluation)),
-            rng_set(device, evaluation.rng),
-            self._autocast.restored(),
-        ):
+    def _as_the_first_time(self, evaluation: Evaluation, args: tuple[Any, ...]) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(modes_set(evaluation.parts, evaluation.modes))
+            stack.enter_context(tensors_set(self._substitutes(evaluation)))
+            if evaluation.rng is not None:
+                device = _device(evaluation.parts, args)
+                stack.enter_context(rng_set(device, evaluation.rng))
+            stack.enter_context(self._autocast.restored())
             yield
 
     def _substitutes(self, evaluation: Evaluation) -> list[tuple[Slot, Tensor]]:
@@ -310,9 +311,11 @@ class Replay(Evaluate):
             self.gradients[place] = _sum(self.gradients[place], gradient)
 
 
-def _device(module: nn.Module, args: tuple[Any, ...]) -> torch.device:
+def _device(parts: list[nn.Module], args: tuple[Any, ...]) -> torch.device:
     """Returns where an evaluation takes place."""
-    held = (p for part in parts_of(module) for p in part._parameters.values())
+    if args and isinstance(args[0], Tensor):
+        return args[0].device  # what the next line finds, at a tenth of its cost
+    held = (p for part in parts for p in part._parameters.values())
     tensors = (t for t in chain(tree_leaves(args), held) if isinstance(t, Tensor))
     return next((t.device for t in tensors), torch.device("cpu"))
 

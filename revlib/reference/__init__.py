@@ -17,7 +17,7 @@ from revlib.reference._affine_coupling import (
     affine_coupling_inverse,
     affine_coupling_inverse_backward,
     log_scale,
-    log_scale_slope,
+    log_scale_and_slope,
     raw_and_shift,
 )
 from revlib.reference._exact_additive_coupling import (
@@ -57,7 +57,7 @@ __all__ = [
     "gaussian_log_prob",
     "kept_elements",
     "log_scale",
-    "log_scale_slope",
+    "log_scale_and_slope",
     "masked_affine_coupling",
     "masked_affine_coupling_backward",
     "masked_affine_coupling_inverse",

@@ -34,11 +34,11 @@ def affine_coupling_backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    log_s = log_scale(raw, scale, clamp)
-    x = (y - shift) * (-log_s).exp()
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    scaled = y - shift
+    x = scaled * (-log_s).exp()
     dx = dy * log_s.exp()
-    dlog_s = dy * (y - shift) + per_sample(dlog_det, y)
-    draw = dlog_s * log_scale_slope(raw, scale, clamp)
+    draw = (dy * scaled + per_sample(dlog_det, y)) * slope
     return x.to(y.dtype), dx.to(y.dtype), join(draw, dy, interleaved).to(h.dtype)
 
 
@@ -52,11 +52,10 @@ def affine_coupling_inverse_backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    log_s = log_scale(raw, scale, clamp)
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
     y = x * log_s.exp() + shift
     dy = dx * (-log_s).exp()
-    dlog_s = -dx * x - per_sample(dlog_det, x)
-    draw = dlog_s * log_scale_slope(raw, scale, clamp)
+    draw = -(dx * x + per_sample(dlog_det, x)) * slope
     return y.to(x.dtype), dy.to(x.dtype), join(draw, -dy, interleaved).to(h.dtype)
 
 
@@ -73,18 +72,20 @@ def log_scale(raw: Tensor, scale: str, clamp: float) -> Tensor:
     raise AssertionError(scale)
 
 
-def log_scale_slope(raw: Tensor, scale: str, clamp: float) -> Tensor:
-    """The derivative of `log_scale` with respect to raw."""
+def log_scale_and_slope(raw: Tensor, scale: str, clamp: float) -> tuple[Tensor, Tensor]:
+    """`log_scale`, and its derivative with respect to raw."""
     match scale:
         case "exp":
-            return torch.ones_like(raw)
+            return raw, torch.ones_like(raw)
         case "tanh":
-            return 1 - torch.tanh(raw / clamp) ** 2
+            bend = torch.tanh(raw / clamp)
+            return clamp * bend, 1 - bend**2
         case "sigmoid":
             gate = torch.sigmoid(raw + 2)
-            return gate * (1 - gate) / (gate + 1e-3)
+            floored = gate + 1e-3
+            return torch.log(floored), gate * (1 - gate) / floored
         case "atan":
-            return clamp * 0.636 / (1 + raw**2)
+            return log_scale(raw, scale, clamp), clamp * 0.636 / (1 + raw**2)
     raise AssertionError(scale)
 
 

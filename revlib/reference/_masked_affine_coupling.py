@@ -6,7 +6,7 @@ from torch import Tensor
 from revlib.reference._affine_coupling import (
     join,
     log_scale,
-    log_scale_slope,
+    log_scale_and_slope,
     per_sample,
     raw_and_shift,
 )
@@ -46,11 +46,11 @@ def masked_affine_coupling_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = kept_elements(y, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    log_s = log_scale(raw, scale, clamp)
-    x = torch.where(kept, y, (y - shift) * (-log_s).exp())
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    scaled = y - shift
+    x = torch.where(kept, y, scaled * (-log_s).exp())
     dx = torch.where(kept, dy, dy * log_s.exp())
-    dlog_s = dy * (y - shift) + per_sample(dlog_det, y)
-    draw = (dlog_s * log_scale_slope(raw, scale, clamp)).masked_fill(kept, 0)
+    draw = ((dy * scaled + per_sample(dlog_det, y)) * slope).masked_fill(kept, 0)
     dh = join(draw, dy.masked_fill(kept, 0), interleaved)
     return x.to(y.dtype), dx.to(y.dtype), dh.to(h.dtype)
 
@@ -68,11 +68,10 @@ def masked_affine_coupling_inverse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = kept_elements(x, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    log_s = log_scale(raw, scale, clamp)
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
     y = torch.where(kept, x, x * log_s.exp() + shift)
     dy = torch.where(kept, dx, dx * (-log_s).exp())
-    dlog_s = -dx * x - per_sample(dlog_det, x)
-    draw = (dlog_s * log_scale_slope(raw, scale, clamp)).masked_fill(kept, 0)
+    draw = (-(dx * x + per_sample(dlog_det, x)) * slope).masked_fill(kept, 0)
     dh = join(draw, (-dy).masked_fill(kept, 0), interleaved)
     return y.to(x.dtype), dy.to(x.dtype), dh.to(h.dtype)
 
