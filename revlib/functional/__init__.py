@@ -13,9 +13,21 @@ from revlib.functional._affine_coupling import (
     affine_coupling_inverse,
     affine_coupling_inverse_backward,
 )
+from revlib.functional._exact_actnorm import (
+    exact_actnorm,
+    exact_actnorm_backward,
+    exact_actnorm_inverse,
+    exact_actnorm_inverse_backward,
+)
 from revlib.functional._exact_additive_coupling import (
     exact_additive_coupling,
     exact_additive_coupling_inverse,
+)
+from revlib.functional._exact_affine_coupling import (
+    exact_affine_coupling,
+    exact_affine_coupling_backward,
+    exact_affine_coupling_inverse,
+    exact_affine_coupling_inverse_backward,
 )
 from revlib.functional._gaussian_log_prob import gaussian_log_prob
 from revlib.functional._masked_affine_coupling import (
@@ -42,8 +54,16 @@ __all__ = [
     "affine_coupling_backward",
     "affine_coupling_inverse",
     "affine_coupling_inverse_backward",
+    "exact_actnorm",
+    "exact_actnorm_backward",
+    "exact_actnorm_inverse",
+    "exact_actnorm_inverse_backward",
     "exact_additive_coupling",
     "exact_additive_coupling_inverse",
+    "exact_affine_coupling",
+    "exact_affine_coupling_backward",
+    "exact_affine_coupling_inverse",
+    "exact_affine_coupling_inverse_backward",
     "gaussian_log_prob",
     "masked_affine_coupling",
     "masked_affine_coupling_backward",

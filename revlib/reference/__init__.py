@@ -20,9 +20,25 @@ from revlib.reference._affine_coupling import (
     log_scale_and_slope,
     raw_and_shift,
 )
+from revlib.reference._exact_actnorm import (
+    exact_actnorm,
+    exact_actnorm_backward,
+    exact_actnorm_gradients,
+    exact_actnorm_inverse,
+    exact_actnorm_inverse_backward,
+    exact_actnorm_inverse_gradients,
+)
 from revlib.reference._exact_additive_coupling import (
     exact_additive_coupling,
     exact_additive_coupling_inverse,
+)
+from revlib.reference._exact_affine_coupling import (
+    exact_affine_coupling,
+    exact_affine_coupling_backward,
+    exact_affine_coupling_gradients,
+    exact_affine_coupling_inverse,
+    exact_affine_coupling_inverse_backward,
+    exact_affine_coupling_inverse_gradients,
 )
 from revlib.reference._gaussian_log_prob import gaussian_log_prob
 from revlib.reference._masked_affine_coupling import (
@@ -52,8 +68,20 @@ __all__ = [
     "affine_coupling_backward",
     "affine_coupling_inverse",
     "affine_coupling_inverse_backward",
+    "exact_actnorm",
+    "exact_actnorm_backward",
+    "exact_actnorm_gradients",
+    "exact_actnorm_inverse",
+    "exact_actnorm_inverse_backward",
+    "exact_actnorm_inverse_gradients",
     "exact_additive_coupling",
     "exact_additive_coupling_inverse",
+    "exact_affine_coupling",
+    "exact_affine_coupling_backward",
+    "exact_affine_coupling_gradients",
+    "exact_affine_coupling_inverse",
+    "exact_affine_coupling_inverse_backward",
+    "exact_affine_coupling_inverse_gradients",
     "gaussian_log_prob",
     "kept_elements",
     "log_scale",

@@ -1,0 +1,35 @@
+"""What ops that scale bit for bit check at the door: the stream, the state and the grid."""
+
+import torch
+from torch import Tensor
+
+from revlib.functional._checks import (
+    check_batch_and_channels,
+    check_integer,
+    check_shape,
+    has_memory_of_its_own,
+)
+
+# On a finer grid, the range of the stream would end below 1, or below 2**14 for float64.
+LARGEST_BITS = {torch.float32: 23, torch.float64: 32}
+
+
+def check_exact_stream(op: str, name: str, stream: Tensor, state: Tensor, bits: int) -> None:
+    if stream.dtype not in LARGEST_BITS:
+        raise TypeError(f"{op}: {name} must be float32 or float64; got {stream.dtype}")
+    check_batch_and_channels(op, name, stream)
+    check_integer(op, "bits", bits, 0, LARGEST_BITS[stream.dtype])
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{op}: state must be a tensor; got {type(state).__name__}")
+    if state.dtype != torch.int64:
+        raise TypeError(f"{op}: state must be int64; got {state.dtype}")
+    check_shape(op, "state", state, stream.shape, f"shaped like {name}")
+    if state.device != stream.device:
+        raise ValueError(
+            f"{op}: state must be on the device of {name}, {stream.device}; got {state.device}"
+        )
+    if not has_memory_of_its_own(state):
+        raise ValueError(
+            f"{op}: state is written, so its elements need memory of their own; "
+            f"got the sizes {list(state.shape)} with the strides {state.stride()}"
+        )

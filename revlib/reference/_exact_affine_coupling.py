@@ -1,0 +1,153 @@
+"""Affine coupling on a power-of-two grid, undone bit for bit: see `_exact_scaling`."""
+
+import torch
+from torch import Tensor
+
+from revlib.reference._affine_coupling import (
+    log_scale,
+    log_scale_slope,
+    per_sample,
+    raw_and_shift,
+)
+from revlib.reference._exact_scaling import (
+    divisor,
+    is_finite,
+    ratio_of,
+    scale_and_shift,
+    unshift_and_unscale,
+)
+from revlib.reference._sums import sum_per_sample
+
+
+def exact_affine_coupling(
+    x: Tensor, h: Tensor, state: Tensor, scale: str, clamp: float, interleaved: bool, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw, shift = raw_and_shift(widened(h, x), interleaved)
+    s = divisor(log_scale(raw, scale, clamp))
+    y, overflow = scale_and_shift(x, s, shift, state, bits)
+    return y, -log_ratio(s), overflow | ~is_finite(h)
+
+
+def exact_affine_coupling_inverse(
+    y: Tensor, h: Tensor, state: Tensor, scale: str, clamp: float, interleaved: bool, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw, shift = raw_and_shift(widened(h, y), interleaved)
+    s = divisor(log_scale(raw, scale, clamp))
+    x, overflow = unshift_and_unscale(y, s, shift, state, bits)
+    return x, log_ratio(s), overflow | ~is_finite(h)
+
+
+def exact_affine_coupling_backward(
+    y: Tensor,
+    h: Tensor,
+    state: Tensor,
+    dy: Tensor,
+    dlog_det: Tensor,
+    scale: str,
+    clamp: float,
+    interleaved: bool,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw, shift = raw_and_shift(widened(h, y), interleaved)
+    log_s = log_scale(raw, scale, clamp)
+    s = divisor(log_s)
+    x, _ = unshift_and_unscale(y, s, shift, state, bits)
+    dx, draw = gradients(x, s, dy, dlog_det, slope(raw, log_s, scale, clamp))
+    return x, dx, joined(draw, dy, h, interleaved)
+
+
+def exact_affine_coupling_inverse_backward(
+    x: Tensor,
+    h: Tensor,
+    state: Tensor,
+    dx: Tensor,
+    dlog_det: Tensor,
+    scale: str,
+    clamp: float,
+    interleaved: bool,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw, shift = raw_and_shift(widened(h, x), interleaved)
+    log_s = log_scale(raw, scale, clamp)
+    s = divisor(log_s)
+    y, _ = scale_and_shift(x, s, shift, state, bits)
+    dy, draw = inverse_gradients(x, s, dx, dlog_det, slope(raw, log_s, scale, clamp))
+    return y, dy, joined(draw, -dy, h, interleaved)
+
+
+def exact_affine_coupling_gradients(
+    x: Tensor,
+    h: Tensor,
+    dy: Tensor,
+    dlog_det: Tensor,
+    scale: str,
+    clamp: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and h, from x: bit for bit those of `exact_affine_coupling_backward`."""
+    raw, _ = raw_and_shift(widened(h, x), interleaved)
+    log_s = log_scale(raw, scale, clamp)
+    dx, draw = gradients(x, divisor(log_s), dy, dlog_det, slope(raw, log_s, scale, clamp))
+    return dx, joined(draw, dy, h, interleaved)
+
+
+def exact_affine_coupling_inverse_gradients(
+    x: Tensor,
+    h: Tensor,
+    dx: Tensor,
+    dlog_det: Tensor,
+    scale: str,
+    clamp: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of y and h, from x, as of `exact_affine_coupling_inverse_backward`."""
+    raw, _ = raw_and_shift(widened(h, x), interleaved)
+    log_s = log_scale(raw, scale, clamp)
+    dy, draw = inverse_gradients(x, divisor(log_s), dx, dlog_det, slope(raw, log_s, scale, clamp))
+    return dy, joined(draw, -dy, h, interleaved)
+
+
+def gradients(
+    x: Tensor, s: Tensor, dy: Tensor, dlog_det: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx and draw of ``y = x * a + shift`` with a = R / s, as if s were not rounded."""
+    a = ratio_of(s).reciprocal_()
+    dlog_s = (x * a).mul_(dy).add_(per_sample(dlog_det, x))
+    return (dy * a).to(x.dtype), dlog_s.mul_(slope)
+
+
+def inverse_gradients(
+    x: Tensor, s: Tensor, dx: Tensor, dlog_det: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dy and draw of ``x = (y - shift) / a``."""
+    dlog_s = (dx * x).neg_().sub_(per_sample(dlog_det, x))
+    return (dx * ratio_of(s)).to(x.dtype), dlog_s.mul_(slope)
+
+
+def slope(raw: Tensor, log_s: Tensor, scale: str, clamp: float) -> Tensor:
+    if scale == "tanh":
+        # From the tanh at hand: another one would cost as much as all else in `gradients`.
+        return log_s.div(clamp).square_().neg_().add_(1)
+    return log_scale_slope(raw, scale, clamp)
+
+
+def joined(draw: Tensor, dshift: Tensor, h: Tensor, interleaved: bool) -> Tensor:
+    """The gradient of h, in its dtype."""
+    dh = torch.empty_like(h)
+    if interleaved:
+        parts = dh[:, 0::2], dh[:, 1::2]
+    else:
+        parts = dh.chunk(2, 1)
+    for part, values in zip(parts, (draw, dshift), strict=True):
+        part.copy_(values)
+    return dh
+
+
+def log_ratio(s: Tensor) -> Tensor:
+    """The sum of ln(s / R) per sample."""
+    return sum_per_sample(ratio_of(s).log_())
+
+
+def widened(h: Tensor, stream: Tensor) -> Tensor:
+    """In float64 if either is, and in float32 otherwise: what the arithmetic is done in."""
+    return h.to(torch.promote_types(h.dtype, stream.dtype))
