@@ -37,7 +37,7 @@ def exact_additive_coupling_kernel(
     else:
         y = x + rounded
     # Asked this way round, so that NaN is outside; what the mask leaves out is 0, and inside.
-    inside = (tl.abs(y) < LIMIT) & (tl.abs(rounded) < LIMIT)
+    inside = tl.abs(y) < LIMIT
 
     tl.store(y_ptr + y_offsets, y, mask=mask)
     everywhere = tl.broadcast_to(overflow_ptr, [SAMPLES, ELEMENTS])

@@ -8,7 +8,7 @@ are alive at a time, and each block's gradients are returned as soon as they are
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 from revlib.evaluate import Evaluate, Record, Replay
+from revlib.exact import Exact, recording, replaying
 from revlib.invertible import InvertibleModule
 from revlib.replay import Autocast, autocast_is_on, parts_of
 from revlib.streams import Form, Stream, Streams, convert, enter, form_within, leave, settle
@@ -37,6 +38,7 @@ class Leg:
     policy: Policy
     parameters: Streams
     whole: bool
+    is_exact: bool
     form: Form
     run: Callable[[nn.Module, Streams, Evaluate], Streams]
     run_backward: Callable[[nn.Module, Streams, Streams, Replay], tuple[Streams, Streams]]
@@ -60,6 +62,7 @@ def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = Fal
         policy,
         parameters,
         whole,
+        not whole and block.can_be_exact,
         "whole" if whole else block.form,
         cls.inverse_streams if inverse else cls.forward_streams,
         cls.inverse_backward_streams if inverse else cls.backward_streams,
@@ -82,7 +85,12 @@ class Outcome(NamedTuple):
 
 
 def run_chain(
-    legs: list[Leg], x: Stream, context: Tensor | None, latents: Sequence[Tensor] = ()
+    legs: list[Leg],
+    x: Stream,
+    context: Tensor | None,
+    latents: Sequence[Tensor] = (),
+    *,
+    exact: bool = False,
 ) -> Outcome:
     """Runs the legs one after the other.
 
@@ -91,6 +99,7 @@ def run_chain(
         x: The stream, one tensor or a pair.
         context: The conditioning input that every sub-network receives, or None.
         latents: What the legs take beside the stream, the last of it first.
+        exact: Whether to compute with exact arithmetic.
     """
     streams, entry = enter(x)
     if context is not None and not isinstance(context, Tensor):
@@ -106,7 +115,18 @@ def run_chain(
         or torch.jit.is_tracing()
     )
     run = _run_storing if keeps_all else _run_rebuilding
-    return run(legs, streams, entry, context, list(latents))
+    if not exact:
+        return run(legs, streams, entry, context, list(latents), None)
+    arithmetic = Exact.of(streams)
+    streams = arithmetic.enter(streams, "the input of the chain")
+    latents = arithmetic.enter(latents, "the latents of the chain")
+    outcome = run(legs, streams, entry, context, list(latents), arithmetic)
+    streams, _ = enter(outcome.stream)
+    left = [latent for extra in outcome.extras for latent in extra[1:]]
+    leaving = iter(arithmetic.leave((*streams, *left)))
+    streams = tuple(islice(leaving, len(streams)))
+    extras = [(*extra[:1], *(next(leaving) for _ in extra[1:])) for extra in outcome.extras]
+    return Outcome(leave(streams), extras, outcome.state_bytes)
 
 
 def _run_storing(
@@ -115,12 +135,12 @@ def _run_storing(
     entry: Form,
     context: Tensor | None,
     latents: list[Tensor],
+    exact: Exact | None,
 ) -> Outcome:
     form, extras = entry, []
     for leg in legs:
-        streams, form, extra = _store(
-            leg, streams, form, entry, context, take_latents(leg, latents)
-        )
+        taken = take_latents(leg, latents)
+        streams, form, extra = _store(leg, streams, form, entry, context, taken, exact)
         extras.append(extra)
     return Outcome(leave(convert(streams, form, entry)), extras, 0)
 
@@ -132,6 +152,7 @@ def _run_rebuilding(
     entry: Form,
     context: Tensor | None,
     latents: list[Tensor],
+    exact: Exact | None,
 ) -> Outcome:
     if parametrize._cache_enabled:
         raise NotImplementedError(
@@ -143,17 +164,17 @@ def _run_rebuilding(
             "torch.func transforms differentiate a ReversibleSequential under policy='store' only"
         )
     form, extras = entry, []
-    tape = Tape()
-    previous_rebuilds = False
+    tape = Tape(exact)
+    previous = None
     for leg, following in zip(legs, [*legs[1:], None], strict=True):
         taken = take_latents(leg, latents)
         needs_grad = any(
             t is not None and t.requires_grad for t in (*streams, *taken, context, *leg.parameters)
         )
         if leg.policy == "store" or not needs_grad:
-            streams, form, extra = _store(leg, streams, form, entry, context, taken)
+            streams, form, extra = _store(leg, streams, form, entry, context, taken, exact)
             extras.append(extra)
-            previous_rebuilds = False
+            previous = None
             continue
         inner = _form_of(leg, entry)
         node = Node(
@@ -162,13 +183,13 @@ def _run_rebuilding(
             inner,
             entry if following is None else inner,
             keeps_output=following is None or following.policy == "store",
-            hands_on=previous_rebuilds,
+            previous=previous,
         )
         outputs = BlockFunction.apply(node, tape, context, *streams, *taken, *leg.parameters)
         form = node.form_out
         streams, extra = _cut(outputs, form)
         extras.append(extra)
-        previous_rebuilds = leg.policy == "rebuild"
+        previous = leg.policy
     streams = convert(streams, form, entry)
     if any(extras):
         streams, extras = _tied(streams, extras)
@@ -210,11 +231,14 @@ def _store(
     entry: Form,
     context: Tensor | None,
     latents: Streams,
+    exact: Exact | None,
 ) -> tuple[Streams, Form, Extras]:
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
-    streams, extra = _cut(leg((*streams, *latents), Evaluate(context, leg.label)), inner)
+    streams, extra = _cut(leg((*streams, *latents), Evaluate(context, leg.label, exact)), inner)
+    if exact is not None and not leg.is_exact:
+        streams = exact.enter(streams, leg.label)
     return streams, inner, extra
 
 
@@ -228,7 +252,7 @@ class Node:
         form: The form in which the block takes it.
         form_out: The form in which it is passed on.
         keeps_output: Whether a rebuild starts here, so that the output must be kept.
-        hands_on: Whether the node before rebuilds from the stream that arrives here.
+        previous: The policy of the node before, or None if what is before is no node.
     """
 
     leg: Leg
@@ -236,7 +260,7 @@ class Node:
     form: Form
     form_out: Form
     keeps_output: bool
-    hands_on: bool
+    previous: Policy | None
 
     def enter(self, streams: Streams) -> Streams:
         """Brings the arriving stream into the block's form."""
@@ -249,8 +273,15 @@ class Node:
 
 @dataclass
 class Tape:
-    """Carries the rebuilt stream from each node's backward to the node before it."""
+    """Carries what is rebuilt from each node's backward to the node before it.
 
+    Attributes:
+        exact: The chain's exact arithmetic, with the state at this point; None for that of floats.
+        streams: The stream.
+        state_bytes: The bytes of replay state that all nodes keep.
+    """
+
+    exact: Exact | None
     streams: Streams | None = None
     state_bytes: int = 0
 
@@ -281,34 +312,44 @@ class BlockFunction(torch.autograd.Function):
 
     What is kept: under "rebuild" nothing, but for the output of the last block and for latents
     that leave the chain here; under "recompute", or if a block that is called whole drew random
-    numbers or changed buffers, the input; and the replay state. Parameters, constant buffers and
-    the context are saved as well, though they are alive anyway: autograd then reports it when
-    they, or the chain's output, are changed in place before backward.
+    numbers or changed buffers, the input; and the replay state. With the output an exact chain
+    keeps its state, and with the input of a block that starts a fresh one the state before.
+    Parameters, constant buffers and the context are saved as well, though they are alive anyway:
+    autograd then reports it when they, or the chain's output, are changed in place before
+    backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any, node: Node, tape: Tape, context: Tensor | None, *tensors: Tensor
     ) -> Streams:
+        leg, exact = node.leg, tape.exact
         arriving, others = _cut(tensors, node.form_in)
-        latents, parameters = others[: node.leg.n_latents], others[node.leg.n_latents :]
-        evaluate = Record(context, node.leg.label)
-        outputs = node.leg((*node.enter(arriving), *latents), evaluate)
+        latents, parameters = others[: leg.n_latents], others[leg.n_latents :]
+        evaluate = Record(context, leg.label, exact)
+        with recording(exact, anew=leg.policy == "recompute") as use:
+            outputs = leg((*node.enter(arriving), *latents), evaluate)
         outputs, extra = _cut(outputs, node.form)
+        if exact is not None and not leg.is_exact:
+            outputs = exact.enter(outputs, leg.label)
         outputs = convert(outputs, node.form, node.form_out)
         # Inverted as a whole, a block may draw its numbers and read its buffers in another order.
         depends_on_order = any(e.rng is not None or e.priors for e in evaluate.evaluations)
-        ctx.recompute = node.leg.policy == "recompute" or (node.leg.whole and depends_on_order)
+        ctx.recompute = leg.policy == "recompute" or (leg.whole and depends_on_order)
         kept, beside = (), extra[1:]
         if ctx.recompute:
             kept, beside = arriving, latents
         elif node.keeps_output:
             kept = outputs
+        ctx.keeps_state = exact is not None and (use.restarted or node.keeps_output)
+        state = None
+        if ctx.keeps_state:
+            state = use.prior if use.restarted else exact.lend()
         constants = [slot.tensor for e in evaluate.evaluations for slot in e.constants]
         constants = [c for c in constants if c is not None and not c.is_inference()]
-        ctx.save_for_backward(context, *kept, *beside, *parameters, *constants)
+        ctx.save_for_backward(context, state, *kept, *beside, *parameters, *constants)
         ctx.n_kept, ctx.n_beside = len(kept), len(beside)
-        ctx.node, ctx.tape, ctx.parameters = node, tape, parameters
+        ctx.node, ctx.tape, ctx.parameters, ctx.use = node, tape, parameters, use
         ctx.evaluations = evaluate.evaluations
         ctx.autocast = Autocast.current(arriving[0].device)
         tape.state_bytes += sum(e.state_bytes for e in evaluate.evaluations)
@@ -322,31 +363,42 @@ class BlockFunction(torch.autograd.Function):
                 f"{leg.label}: a rebuilt or recomputed block cannot be differentiated twice "
                 "(create_graph=True); give it policy='store'"
             )
-        context, *saved = ctx.saved_tensors
+        context, state, *saved = ctx.saved_tensors
         kept = tuple(saved[: ctx.n_kept])
         beside = tuple(saved[ctx.n_kept : ctx.n_kept + ctx.n_beside])
         del saved
-        recompute = ctx.recompute
+        if ctx.keeps_state:
+            tape.exact.state, tape.exact.borrowed = state, True
         evaluate = Replay(
-            ctx.evaluations, ctx.parameters, context, leg.label, ctx.autocast, in_order=recompute
+            ctx.evaluations,
+            ctx.parameters,
+            context,
+            leg.label,
+            ctx.autocast,
+            in_order=ctx.recompute,
+            exact=tape.exact,
         )
 
         gradients, extra = _cut(gradients, node.form_out)
         gradients = (*convert(gradients, node.form_out, node.form), *extra)
-        if recompute:
-            _, pullback = evaluate.vjp_streams(leg, (*node.enter(kept), *beside))
-            gradients = pullback(gradients)
-            if node.hands_on:
-                tape.streams = kept
-        else:
-            inputs, gradients = leg.run_backward(
-                leg.block,
-                (*node.enter_backward(kept or tape.take()), *beside),
-                gradients,
-                evaluate,
-            )
-            if node.hands_on:
-                tape.streams = convert(_cut(inputs, node.form)[0], node.form, node.form_in)
+        with replaying(tape.exact, ctx.use, in_order=ctx.recompute):
+            if ctx.recompute:
+                _, pullback = evaluate.vjp_streams(leg, (*node.enter(kept), *beside))
+                gradients = pullback(gradients)
+                if node.previous == "rebuild":
+                    tape.streams = kept
+            else:
+                inputs, gradients = leg.run_backward(
+                    leg.block,
+                    (*node.enter_backward(kept or tape.take()), *beside),
+                    gradients,
+                    evaluate,
+                )
+                if node.previous == "rebuild":
+                    streams, _ = _cut(inputs, node.form)
+                    tape.streams = convert(streams, node.form, node.form_in)
+        if tape.exact is not None and node.previous is None:
+            tape.exact.state = None
         gradients, extra = _cut(gradients, node.form)
         gradients = convert(gradients, node.form, node.form_in)
         return None, None, evaluate.context_gradient, *gradients, *extra, *evaluate.gradients

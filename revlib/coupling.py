@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from revlib.evaluate import Evaluate, Replay
@@ -42,6 +41,8 @@ class AdditiveCoupling(InvertibleModule):
         True
     """
 
+    can_be_exact = True
+
     def __init__(self, f: nn.Module, g: nn.Module, *, split_dim: int = 1) -> None:
         super().__init__()
         for name, network in (("f", f), ("g", g)):
@@ -65,14 +66,14 @@ class AdditiveCoupling(InvertibleModule):
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         x1, x2 = streams
-        y1 = x1 + self._update("f", x1, x2, evaluate)
-        y2 = x2 + self._update("g", x2, y1, evaluate)
+        y1 = evaluate.add(x1, self._update("f", x1, x2, evaluate))
+        y2 = evaluate.add(x2, self._update("g", x2, y1, evaluate))
         return y1, y2
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         y1, y2 = streams
-        x2 = y2 - self._update("g", y2, y1, evaluate)
-        x1 = y1 - self._update("f", y1, x2, evaluate)
+        x2 = evaluate.subtract(y2, self._update("g", y2, y1, evaluate))
+        x1 = evaluate.subtract(y1, self._update("f", y1, x2, evaluate))
         return x1, x2
 
     # In the next two, what is no longer needed is dropped before a gradient is taken: the
@@ -85,12 +86,12 @@ class AdditiveCoupling(InvertibleModule):
         del outputs, gradients
 
         update, pullback = evaluate.vjp(self.g, y1)
-        x2 = y2 - _fit(update, y2)
+        x2 = evaluate.subtract(y2, update)
         del y2, update
         dy1 = dy1 + pullback(dy2)
 
         update, pullback = evaluate.vjp(self.f, x2)
-        x1 = y1 - _fit(update, y1)
+        x1 = evaluate.subtract(y1, update)
         del y1, update
         dx2 = dy2 + pullback(dy1)
         return (x1, x2), (dy1, dx2)
@@ -102,12 +103,12 @@ class AdditiveCoupling(InvertibleModule):
         del outputs, gradients
 
         update, pullback = evaluate.vjp(self.f, x2)
-        y1 = x1 + _fit(update, x1)
+        y1 = evaluate.add(x1, update)
         del x1, update
         dx2 = dx2 + pullback(-dx1)
 
         update, pullback = evaluate.vjp(self.g, y1)
-        y2 = x2 + _fit(update, x2)
+        y2 = evaluate.add(x2, update)
         del x2, update
         dy1 = dx1 + pullback(-dx2)
         return (y1, y2), (dy1, dx2)
@@ -134,10 +135,4 @@ class AdditiveCoupling(InvertibleModule):
                 f"{evaluate.label}: {name} must return an update shaped like the half it is "
                 f"added to, {tuple(half.shape)}; got {tuple(update.shape)}"
             )
-        return _fit(update, half)
-
-
-def _fit(update: Tensor, half: Tensor) -> Tensor:
-    """Narrows an update that would widen its half: a stream keeps its dtype."""
-    widens = torch.promote_types(update.dtype, half.dtype) != half.dtype
-    return update.to(half.dtype) if widens else update
+        return update

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import graph
+from revlib.exact import Exact
 from revlib.replay import (
     Autocast,
     Evaluation,
@@ -25,7 +26,7 @@ from revlib.replay import (
     tensors_set,
     writes_statistics_only,
 )
-from revlib.streams import Streams
+from revlib.streams import Streams, fit
 
 
 class StandIn(nn.Module):
@@ -69,13 +70,31 @@ class Evaluate:
     Args:
         context: The conditioning input, or None.
         label: What errors call the block.
+        exact: The exact arithmetic to compute with, or None for that of floats.
     """
 
-    def __init__(self, context: Tensor | None = None, label: str = "block") -> None:
+    def __init__(
+        self, context: Tensor | None = None, label: str = "block", exact: Exact | None = None
+    ) -> None:
         self.context = context
         self.label = label
+        self.exact = exact
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        """Adds an update to a stream, in the dtype of the stream."""
+        if self.exact is None:
+            return x + fit(update, x)
+        return self.exact.add(x, update, self.label)
+
+    def subtract(self, y: Tensor, update: Tensor) -> Tensor:
+        """Undoes `add`: up to rounding, or where the chain is exact to the last bit."""
+        if self.exact is None:
+            return y - fit(update, y)
+        return self.exact.subtract(y, update, self.label)
 
     def __call__(self, module: nn.Module, x: Tensor | Streams) -> Any:
+        if self.exact is not None and self.exact.narrow is not None:
+            x = tree_map(lambda stream: stream.to(self.exact.narrow), x)
         streams = (x,) if isinstance(x, Tensor) else x
         versions = [_version(stream) for stream in streams]
         try:
@@ -106,8 +125,8 @@ class Evaluate:
 class Record(Evaluate):
     """Evaluates sub-networks for the first time and notes what a replay needs."""
 
-    def __init__(self, context: Tensor | None, label: str) -> None:
-        super().__init__(context, label)
+    def __init__(self, context: Tensor | None, label: str, exact: Exact | None = None) -> None:
+        super().__init__(context, label, exact)
         self.evaluations: list[Evaluation] = []
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -156,6 +175,7 @@ class Replay(Evaluate):
         autocast: The autocast state of the first time.
         in_order: Whether the sub-networks will be called in the order of the first time
             (recompute) or backwards (rebuild).
+        exact: The exact arithmetic of the first time, or None for that of floats.
 
     Attributes:
         gradients: The parameters' gradients collected so far.
@@ -171,8 +191,9 @@ class Replay(Evaluate):
         autocast: Autocast,
         *,
         in_order: bool,
+        exact: Exact | None = None,
     ) -> None:
-        super().__init__(None if context is None else _leaf(context), label)
+        super().__init__(None if context is None else _leaf(context), label, exact)
         self.gradients: list[Tensor | None] = [None] * len(parameters)
         self.context_gradient: Tensor | None = None
         # Parameters and the leaves that stand for them, to their place in `gradients`.

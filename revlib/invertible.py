@@ -34,6 +34,8 @@ class InvertibleModule(nn.Module):
             chain stores a block that says False, and refuses to rebuild it.
         cheap_forward: Likewise, whether the forward direction undoes the inverse one. Where a
             block says False, as one whose inverse rounds, `chain.inverse` stores it.
+        can_be_exact: Whether the methods on streams compute with `evaluate.exact` where a chain
+            gives it, or only move elements. Others are recomputed in an exact chain.
         on_streams: Whether a chain calls the methods on streams. It does not where a subclass
             overrides `forward` or `inverse` alone.
         n_latents: How many tensors the block sends out of the chain beside its stream: those
@@ -55,6 +57,7 @@ class InvertibleModule(nn.Module):
     form: Form = "whole"
     cheap_inverse: bool = True
     cheap_forward: bool = True
+    can_be_exact: bool = False
     on_streams: bool = False
     n_latents: int = 0
 

@@ -3,6 +3,7 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Self, get_args
 
 from torch import Tensor, nn
@@ -28,10 +29,15 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             keeps all its activations, as plain autograd does. "recompute" keeps the block's
             input and runs it forward again. The last two also take any other module, and a
             recomputed block's exact input stops rounding errors from adding up beyond it.
+        exact: Compute so that rebuilding loses no bit: the stream, in float32, is rounded to
+            multiples of 2**-12, and its values must stay below 4096 in absolute value. Blocks
+            that cannot are recomputed. See docs/exactness.md.
 
     Raises:
         ValueError: If `policy` has an unknown entry, or not one entry per block.
         TypeError: If a block is to be rebuilt that is no :class:`revlib.InvertibleModule`.
+        OverflowError: If `exact` and the stream left its range, or became infinite or NaN: on
+            leaving the chain, or on a GPU at the start of backward. It names the block.
 
     Shape:
         The stream is one floating tensor, or a pair of them for blocks that work on pairs;
@@ -52,8 +58,16 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         (2, torch.Size([2, 8]))
     """
 
-    def __init__(self, *blocks: nn.Module, policy: Policy | Sequence[Policy] = "rebuild") -> None:
+    def __init__(
+        self,
+        *blocks: nn.Module,
+        policy: Policy | Sequence[Policy] = "rebuild",
+        exact: bool = False,
+    ) -> None:
         super().__init__(*blocks)
+        if not isinstance(exact, bool):
+            raise TypeError(f"exact must be True or False; got {exact!r}")
+        self.exact = exact
         self.policy = policy
         self.replay_state_bytes = 0
 
@@ -98,7 +112,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
         policy = self.policy[idx] if isinstance(self.policy, list) else self.policy
-        return type(self)(OrderedDict(list(self._modules.items())[idx]), policy=policy)
+        blocks = OrderedDict(list(self._modules.items())[idx])
+        return type(self)(blocks, policy=policy, exact=self.exact)
 
     def __delitem__(self, idx: int | slice) -> None:
         super().__delitem__(idx)
@@ -148,7 +163,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 
     def extra_repr(self) -> str:
         policy = self.policy if isinstance(self.policy, str) else ", ".join(self.policy)
-        return f"policy={policy}"
+        return f"policy={policy}" + ", exact=True" * self.exact
 
     def _resolve(self, policy: Policy | list[Policy]) -> list[Policy]:
         by_block = isinstance(policy, list)
@@ -180,14 +195,17 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                 f"{label} has no inverse to rebuild by; derive it from revlib.InvertibleModule, "
                 "or give it policy 'store' or 'recompute'"
             )
-        if block.cheap_inverse or _runs_as_its_blocks(block):
+        if self._runs_inline(block):
+            return policy
+        if not block.cheap_inverse:
+            other, reason = "store", "has no cheap inverse to rebuild by"
+        elif self.exact and not block.can_be_exact:
+            other, reason = "recompute", "cannot be rebuilt exactly"
+        else:
             return policy
         if asked_for:
-            raise ValueError(
-                f"{label} has no cheap inverse to rebuild by; give it policy 'store' or "
-                "'recompute'"
-            )
-        return "store"
+            raise ValueError(f"{label} {reason}; give it policy 'store' or 'recompute'")
+        return other
 
     def _check_contract(self, label: str, block: nn.Module) -> None:
         """Refuses a block whose log_det would be lost."""
@@ -205,7 +223,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         latents: Sequence[Tensor] = (),
     ) -> Outcome:
         self._refuse_sharded_blocks()
-        outcome = run_chain(legs, x, context, latents)
+        outcome = run_chain(legs, x, context, latents, exact=self.exact)
         # An exported graph must not write attributes.
         if outcome.state_bytes != self.replay_state_bytes:
             self.replay_state_bytes = outcome.state_bytes
@@ -215,15 +233,28 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """Returns the chain's legs first to last, with those of chains among its blocks."""
         legs = []
         for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
-            runs_as_its_blocks = _runs_as_its_blocks(block)
+            runs_inline = self._runs_inline(block)
             cannot_rebuild = inverse and policy == "rebuild" and not block.cheap_forward
-            if store or (cannot_rebuild and not runs_as_its_blocks):
+            if store or (cannot_rebuild and not runs_inline):
                 policy = "store"
-            if policy != "recompute" and runs_as_its_blocks:
+            if policy != "recompute" and runs_inline:
                 legs += block._legs(f"{prefix}{name}.", inverse=inverse, store=policy == "store")
-            else:
-                legs.append(make_leg(block, prefix + name, policy, inverse=inverse))
+                continue
+            leg = make_leg(block, prefix + name, policy, inverse=inverse)
+            if self.exact and leg.policy == "rebuild" and not leg.is_exact:
+                leg = replace(leg, policy="recompute")  # called whole, for it carries hooks
+            legs.append(leg)
         return legs
+
+    def _runs_inline(self, block: nn.Module) -> bool:
+        """Tells whether a block is a chain that nothing distinguishes from its blocks in a row."""
+        return (
+            isinstance(block, ReversibleSequential)
+            and block.exact == self.exact
+            and type(block).forward is ReversibleSequential.forward
+            and type(block).inverse is ReversibleSequential.inverse
+            and not is_altered(block)
+        )
 
     def _refuse_sharded_blocks(self) -> None:
         fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded if not imported
@@ -235,13 +266,3 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                     f"module {name} inside a ReversibleSequential is sharded by fully_shard, "
                     "which would leave its gradients None; apply fully_shard to the whole chain"
                 )
-
-
-def _runs_as_its_blocks(block: nn.Module) -> bool:
-    """Tells whether a block is a chain that nothing distinguishes from its blocks in a row."""
-    return (
-        isinstance(block, ReversibleSequential)
-        and type(block).forward is ReversibleSequential.forward
-        and type(block).inverse is ReversibleSequential.inverse
-        and not is_altered(block)
-    )

@@ -81,3 +81,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     # With one position per channel the strides of the two formats mean the same layout.
     return channels_last if x.shape[2:].numel() > 1 else torch.contiguous_format
+
+
+def fit(update: Tensor, half: Tensor) -> Tensor:
+    """Narrows an update that would widen its half: a stream keeps its dtype."""
+    widens = torch.promote_types(update.dtype, half.dtype) != half.dtype
+    return update.to(half.dtype) if widens else update

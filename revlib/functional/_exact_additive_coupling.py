@@ -42,8 +42,8 @@ def exact_additive_coupling(
 
     Returns:
         `y`, with the shape and dtype of `x`, and the overflow flag: a scalar bool tensor on the
-        device of `x`, True if any value of `y` or of the rounded update is not in the range above
-        or is NaN. Nothing waits for the device until the flag is read.
+        device of `x`, True if any value of `y` is NaN or not in the range above, which is that of
+        `x` as well. Nothing waits for the device until the flag is read.
 
     Raises:
         TypeError, ValueError: If an argument breaks one of these rules.
@@ -72,8 +72,7 @@ def exact_additive_coupling_inverse(
     .. math:: x = y - 2^{-k} \operatorname{round}(2^k u)
 
     Returns:
-        `x`, with the shape and dtype of `y`, and the overflow flag of `x` and the rounded
-        update.
+        `x`, with the shape and dtype of `y`, and the overflow flag of `x`.
     """
     check_door("exact_additive_coupling_inverse", bits, inplace, y=y, update=update)
     return couple(y, update, True, inplace, bits)
@@ -86,9 +85,7 @@ class ExactAdditiveCouplingFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, update: Tensor, inverse: bool, bits: int
     ) -> tuple[Tensor, Tensor]:
-        from revlib.kernels import exact_additive_coupling as kernels
-
-        y, overflow = kernels.exact_additive_coupling(x, update, inverse, bits)
+        y, overflow = run(x, update, inverse, bits)
         ctx.mark_non_differentiable(overflow)
         ctx.inverse, ctx.update_dtype = inverse, update.dtype
         return y, overflow
@@ -102,20 +99,24 @@ class ExactAdditiveCouplingFunction(torch.autograd.Function):
 def couple(
     x: Tensor, update: Tensor, inverse: bool, inplace: bool, bits: int
 ) -> tuple[Tensor, Tensor]:
-    if not kernels_apply_to(x, update):
-        if inverse:
-            y, overflow = reference.exact_additive_coupling_inverse(x, update, bits)
-        else:
-            y, overflow = reference.exact_additive_coupling(x, update, bits)
-        return x.copy_(y) if inplace else y, overflow
     if gradient_is_recorded(x, update):
         return ExactAdditiveCouplingFunction.apply(x, update, inverse, bits)
+    if inplace and kernels_apply_to(x, update):
+        from revlib.kernels import exact_additive_coupling as kernels
 
-    from revlib.kernels import exact_additive_coupling as kernels
-
-    if inplace:
         return x, kernels.exact_additive_coupling_(x, update, inverse, bits)
-    return kernels.exact_additive_coupling(x, update, inverse, bits)
+    y, overflow = run(x, update, inverse, bits)
+    return x.copy_(y) if inplace else y, overflow
+
+
+def run(x: Tensor, update: Tensor, inverse: bool, bits: int) -> tuple[Tensor, Tensor]:
+    if kernels_apply_to(x, update):
+        from revlib.kernels import exact_additive_coupling as kernels
+
+        return kernels.exact_additive_coupling(x, update, inverse, bits)
+    if inverse:
+        return reference.exact_additive_coupling_inverse(x, update, bits)
+    return reference.exact_additive_coupling(x, update, bits)
 
 
 def check_door(op: str, bits: int, inplace: bool, **tensors: Tensor) -> None:

@@ -31,6 +31,7 @@ from revlib.reference._exact_actnorm import (
 from revlib.reference._exact_additive_coupling import (
     exact_additive_coupling,
     exact_additive_coupling_inverse,
+    is_out_of_range,
 )
 from revlib.reference._exact_affine_coupling import (
     exact_affine_coupling,
@@ -83,6 +84,7 @@ __all__ = [
     "exact_affine_coupling_inverse_backward",
     "exact_affine_coupling_inverse_gradients",
     "gaussian_log_prob",
+    "is_out_of_range",
     "kept_elements",
     "log_scale",
     "log_scale_and_slope",

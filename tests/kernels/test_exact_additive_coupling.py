@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import revlib
 from revlib import functional, reference
@@ -101,7 +102,7 @@ def test_flag_says_exactly_when_a_value_is_out_of_range(which, bits, dtype, dire
         assert not flag(sign * (limit - step), sign * 0.4 * away)
         assert flag(sign * (limit - step), sign * away)
         assert flag(sign * limit, 0.0)
-        assert flag(-sign * limit / 2, sign * limit)
+        assert not flag(-sign * limit / 2, (sign if direction == "forward" else -sign) * limit)
         assert flag(0.0, sign * torch.inf)
     assert flag(torch.nan, 0.0)
     assert flag(0.0, torch.nan)
@@ -126,12 +127,13 @@ def test_one_value_out_of_range_is_enough_wherever_it_is(place, layout, directio
 def test_gradients_go_straight_through(update_dtype, direction, device):
     x, update = draw((2, 3, 5, 7), torch.float32, update_dtype, device)
     dy = torch.randn_like(x)
-    op, definition = OPS[direction]
+    op, _ = OPS[direction]
 
     x, update = x.requires_grad_(), update.requires_grad_()
     got = torch.autograd.grad(op(x, update)[0], (x, update), dy)
 
-    want = torch.autograd.grad(definition(x, update, 12)[0], (x, update), dy)
+    unrounded = x + update if direction == "forward" else x - update
+    want = torch.autograd.grad(unrounded, (x, update), dy)
     for name, one, other in zip(("dx", "dupdate"), got, want, strict=True):
         assert one.dtype == other.dtype, name
         assert torch.equal(one, other), name
@@ -216,7 +218,7 @@ def test_traces_into_one_graph_without_gradients(direction, device):
 def test_switch_turns_kernels_off(device):
     x, update = draw((2, 3), torch.float32, torch.float32, device)
 
-    with revlib.use_kernels(False):
-        y, _ = functional.exact_additive_coupling(x.requires_grad_(), update)
+    with revlib.use_kernels(False), profile(activities=[ProfilerActivity.CPU]) as seen:
+        functional.exact_additive_coupling(x, update)
 
-    assert "ExactAdditiveCouplingFunction" not in y.grad_fn.name()
+    assert not any("revlib" in event.key for event in seen.key_averages())

@@ -1,0 +1,229 @@
+"""Exact arithmetic: what a chain computes with so that rebuilding loses no bit.
+
+The stream of an exact chain lies on a grid, the multiples of a power of two. An update is rounded
+to the grid before it is added, and then no addition rounds: subtracting the same update undoes it
+bit for bit. Scaling does lose bits. What a scaling loses goes into an integer *state*, one number
+for each element of the stream, from which later scalings draw what they lack; so it can be undone
+as well, and the state does not grow with depth.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from revlib import functional, reference
+from revlib.streams import Streams
+
+# The grid is the multiples of 2**-bits. What the mantissa holds beside them is the range.
+BITS = {torch.float32: 12, torch.float64: 32}
+LIMITS = {torch.float32: 2.0**12, torch.float64: 2.0**14}
+
+# Where a state starts: in the middle of what a scaling draws from it, so that the first rounding
+# is up as often as down.
+FRESH_STATE = 2**15
+
+
+@dataclass
+class Exact:
+    """The exact arithmetic of one run of a chain, and of the backward passes through it.
+
+    Attributes:
+        dtype: That of the stream, float32 or float64.
+        width: The elements of a sample.
+        narrow: The half-precision dtype in which sub-networks are called, if the caller's tensors
+            are of one.
+        state: The state, [batch, width], or None before the first scaling. Scalings change it in
+            place.
+        borrowed: Whether somebody else holds the state too, so that it must be copied before.
+        used: The columns of the state that each scaling used.
+        replayed: In backward the columns that the next scalings use, the last one first.
+        flags: Of each step so far whether a value was out of range, and which block made it.
+    """
+
+    dtype: torch.dtype
+    width: int
+    narrow: torch.dtype | None
+    state: Tensor | None = None
+    borrowed: bool = False
+    used: list[tuple[int, int]] = field(default_factory=list)
+    replayed: list[tuple[int, int]] | None = None
+    flags: list[tuple[str, Tensor]] = field(default_factory=list)
+    cursor: int = 0
+
+    @classmethod
+    def of(cls, streams: Streams) -> Self:
+        """Returns the arithmetic for a run that starts with these streams."""
+        dtype = streams[0].dtype
+        if dtype.is_complex:
+            raise TypeError(f"an exact chain takes real floating-point tensors; got {dtype}")
+        wide = torch.promote_types(dtype, torch.float32)
+        width = sum(math.prod(x.shape[1:]) for x in streams)
+        return cls(wide, width, None if wide == dtype else dtype)
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.dtype]
+
+    def enter(self, streams: Streams, label: str) -> Streams:
+        """Brings streams to the nearest points of the grid; gradients pass through."""
+        entered = tuple(SnapFunction.apply(x, self.dtype, self.bits) for x in streams)
+        for x in entered:
+            self.note(label, reference.is_out_of_range(x, LIMITS[self.dtype]))
+        return entered
+
+    def add(self, x: Tensor, update: Tensor, label: str) -> Tensor:
+        y, overflow = functional.exact_additive_coupling(x, update, bits=self.bits)
+        self.note(label, overflow)
+        return y
+
+    def subtract(self, y: Tensor, update: Tensor, label: str) -> Tensor:
+        x, overflow = functional.exact_additive_coupling_inverse(y, update, bits=self.bits)
+        self.note(label, overflow)
+        return x
+
+    def slot(self, x: Tensor) -> Tensor:
+        """Returns the part of the state that a scaling of `x` changes, shaped like `x`."""
+        start, n = self.replayed.pop() if self.replayed is not None else self._next_columns(x)
+        self.used.append((start, n))
+        if self.state is None:
+            self.state = self._fresh(x, max(self.width, start + n))
+        elif start + n > self.state.shape[1]:
+            more = self._fresh(x, start + n - self.state.shape[1])
+            self.state = torch.cat((self.state, more), 1)
+        elif self.borrowed:
+            self.state = self.state.clone()
+        self.borrowed = False
+        return self.state[:, start : start + n].view(x.shape)
+
+    def note(self, label: str, overflow: Tensor) -> None:
+        if self.replayed is None:
+            self.flags.append((label, overflow))
+
+    def lend(self) -> Tensor | None:
+        """Returns the state for somebody to keep."""
+        self.borrowed = True
+        return self.state
+
+    def leave(self, tensors: Sequence[Tensor]) -> Streams:
+        """Gives tensors back in the caller's dtype, once all values were in range.
+
+        On a CPU that is known at once. On a GPU it would wait for it, and is asked at the start of
+        backward where there will be one.
+        """
+        waits = tensors[0].device.type != "cpu" and any(t.requires_grad for t in tensors)
+        if waits:
+            tensors = WatchFunction.apply(self, *tensors)
+        elif not torch.compiler.is_compiling():
+            self.raise_overflow()
+        return tuple(tensors) if self.narrow is None else tuple(t.to(self.narrow) for t in tensors)
+
+    def raise_overflow(self) -> None:
+        """Raises if a value left the range in which the arithmetic is exact."""
+        flags = [flag for _, flag in self.flags]
+        if not flags or any(isinstance(flag, FakeTensor) for flag in flags):
+            return
+        overflows = torch.stack(flags)
+        if not overflows.any():
+            return
+        label, _ = self.flags[overflows.int().argmax().item()]
+        raise OverflowError(
+            f"{label}: an exact chain needs finite values below {LIMITS[self.dtype]:g} in its "
+            f"{str(self.dtype).removeprefix('torch.')} stream, and room in its state where it "
+            "scales; bound what this block computes, give it policy='recompute' (it then starts "
+            "with a fresh state), or build the chain with exact=False"
+        )
+
+    def _next_columns(self, x: Tensor) -> tuple[int, int]:
+        """Takes turns over the state, so that what is scaled down again and again is spread."""
+        n = math.prod(x.shape[1:])
+        if n >= self.width:
+            return 0, n
+        start = self.cursor if self.cursor + n <= self.width else 0
+        self.cursor = start + n
+        return start, n
+
+    def _fresh(self, x: Tensor, columns: int) -> Tensor:
+        return x.new_full((len(x), columns), FRESH_STATE, dtype=torch.long)
+
+
+@dataclass
+class Use:
+    """What a block did with the state.
+
+    Attributes:
+        columns: The columns that its scalings used.
+        restarted: Whether it began with a fresh state.
+        prior: The state before it, where it did.
+    """
+
+    columns: list[tuple[int, int]] = field(default_factory=list)
+    restarted: bool = False
+    prior: Tensor | None = None
+
+
+@contextmanager
+def recording(exact: Exact | None, *, anew: bool) -> Iterator[Use]:
+    """Notes what a block does with the state. If `anew`, it is given a fresh one if it scales."""
+    use = Use()
+    if exact is None:
+        yield use
+        return
+    start, prior, borrowed = len(exact.used), exact.state, exact.borrowed
+    if anew:
+        exact.state, exact.borrowed = None, False
+    yield use
+    use.columns = exact.used[start:]
+    if anew and use.columns:
+        use.restarted, use.prior = True, prior
+    elif anew:
+        exact.state, exact.borrowed = prior, borrowed
+
+
+@contextmanager
+def replaying(exact: Exact | None, use: Use, *, in_order: bool) -> Iterator[None]:
+    """Gives a block the state as the first time: backwards, or in order with a fresh one."""
+    if exact is None:
+        yield
+        return
+    state, borrowed = exact.state, exact.borrowed
+    exact.replayed = list(use.columns)
+    if in_order:
+        exact.replayed.reverse()
+        exact.state, exact.borrowed = None, False
+    yield
+    exact.replayed = None
+    if in_order:
+        exact.state, exact.borrowed = state, borrowed
+
+
+class SnapFunction(torch.autograd.Function):
+    """Rounds to the grid, half to even, with the gradient of the identity (straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
+        ctx.dtype = x.dtype
+        return (x.to(dtype) * 2.0**bits).round_().mul_(2.0**-bits)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy.to(ctx.dtype), None, None
+
+
+class WatchFunction(torch.autograd.Function):
+    """Passes tensors on, and asks at the start of backward whether all values were in range."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: Exact, *tensors: Tensor) -> Streams:
+        ctx.exact = exact
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exact.raise_overflow()
+        return None, *gradients
