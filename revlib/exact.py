@@ -87,6 +87,47 @@ class Exact:
         self.note(label, overflow)
         return x
 
+    def affine_coupling(
+        self, x: Tensor, h: Tensor, label: str, *, inverse: bool, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        op = functional.exact_affine_coupling
+        if inverse:
+            op = functional.exact_affine_coupling_inverse
+        y, log_det, overflow = op(x, h, self.slot(x), bits=self.bits, **options)
+        self.note(label, overflow)
+        return y, log_det
+
+    def affine_coupling_backward(
+        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, *, inverse: bool, **options: Any
+    ) -> Streams:
+        op = functional.exact_affine_coupling_backward
+        if inverse:
+            op = functional.exact_affine_coupling_inverse_backward
+        return op(y, h, self.slot(y), dy, dlog_det, bits=self.bits, **options)
+
+    def actnorm(
+        self, x: Tensor, log_scale: Tensor, bias: Tensor, label: str, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        op = functional.exact_actnorm_inverse if inverse else functional.exact_actnorm
+        y, log_det, overflow = op(x, log_scale, bias, self.slot(x), bits=self.bits)
+        self.note(label, overflow)
+        return y, log_det
+
+    def actnorm_backward(
+        self,
+        y: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        dy: Tensor,
+        dlog_det: Tensor,
+        *,
+        inverse: bool,
+    ) -> Streams:
+        op = functional.exact_actnorm_backward
+        if inverse:
+            op = functional.exact_actnorm_inverse_backward
+        return op(y, log_scale, bias, self.slot(y), dy, dlog_det, bits=self.bits)
+
     def slot(self, x: Tensor) -> Tensor:
         """Returns the part of the state that a scaling of `x` changes, shaped like `x`."""
         start, n = self.replayed.pop() if self.replayed is not None else self._next_columns(x)
