@@ -60,6 +60,13 @@ class Weights(StandIn):
         return self.block.weights()
 
 
+class Factors(StandIn):
+    """Stands for the factors of a block's matrix: calling it calls `block.factors`."""
+
+    def forward(self) -> Streams:
+        return self.block.factors()
+
+
 class Evaluate:
     """Evaluates sub-networks for a block: `evaluate(module, x)` is `module(x)`.
 
@@ -117,6 +124,11 @@ class Evaluate:
     def weights(self, block: nn.Module) -> Streams:
         """Returns `block.weights()`: what the block computes with beside its streams."""
         return self._call(Weights(block), ())
+
+    @torch.no_grad()
+    def factors(self, block: nn.Module) -> Streams:
+        """Returns `block.factors()`: what exact arithmetic makes of those weights."""
+        return self._call(Factors(block), ())
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         return module(*args)

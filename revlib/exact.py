@@ -128,6 +128,14 @@ class Exact:
             op = functional.exact_actnorm_inverse_backward
         return op(y, log_scale, bias, self.slot(y), dy, dlog_det, bits=self.bits)
 
+    def channel_map(
+        self, x: Tensor, factors: Streams, label: str, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        op = functional.exact_channel_map_inverse if inverse else functional.exact_channel_map
+        y, log_det, overflow = op(x, *factors, self.slot(x), bits=self.bits)
+        self.note(label, overflow)
+        return y, log_det
+
     def slot(self, x: Tensor) -> Tensor:
         """Returns the part of the state that a scaling of `x` changes, shaped like `x`."""
         start, n = self.replayed.pop() if self.replayed is not None else self._next_columns(x)
