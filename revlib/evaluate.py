@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import graph
 from revlib.exact import Exact
+from revlib.finite import check_finite
 from revlib.replay import (
     Autocast,
     Evaluation,
@@ -119,6 +120,7 @@ class Evaluate:
                 "input is a stream of the block and still needed; make the first operation of "
                 "the sub-network out of place (inplace=False)"
             )
+        check_finite(self.label, f"what {type(module).__name__} returned", value)
         return value
 
     def weights(self, block: nn.Module) -> Streams:

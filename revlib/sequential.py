@@ -3,12 +3,15 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Self, get_args
 
 from torch import Tensor, nn
 
 from revlib.autograd import Leg, Outcome, Policy, is_altered, make_leg, run_chain
+from revlib.diagnosis import find_drift, find_nonfinite
+from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
 from revlib.streams import Stream
 
@@ -69,6 +72,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             raise TypeError(f"exact must be True or False; got {exact!r}")
         self.exact = exact
         self.policy = policy
+        self._guard = Guard()
         self.replay_state_bytes = 0
 
     @property
@@ -103,6 +107,41 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     @property
     def cheap_forward(self) -> bool:
         return all(getattr(block, "cheap_forward", False) for block in self)
+
+    @property
+    def rebuild_error(self) -> Tensor | None:
+        """How far the latest backward pass rebuilt the chain's input from what it was.
+
+        It is the largest error of up to 4096 values, at fixed places of each stretch of rebuilt
+        blocks, relative to the largest of them: a tensor on the stream's device, so that nothing
+        waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning` tells of it.
+        None before the first backward pass, and for an exact chain.
+        """
+        return self._guard.error
+
+    def find_drift(self, x: Stream, context: Tensor | None = None) -> str:
+        """Says which block's rebuilt input is first far from what it was, from the end on.
+
+        Runs a copy of the chain forward and back, keeping every activation to compare with.
+
+        Args:
+            x: What `forward` was called with.
+            context: The conditioning input, or None.
+        """
+        return find_drift(deepcopy(self)._legs(), x, context, exact=self.exact)
+
+    def find_nonfinite(
+        self, x: Stream, context: Tensor | None = None, *, inverse: bool = False
+    ) -> str:
+        """Says which block first makes something infinite or NaN, running them one by one.
+
+        Args:
+            x: What `forward` was called with, or `inverse`.
+            context: The conditioning input, or None.
+            inverse: Whether it was `inverse`.
+        """
+        legs = self._legs(inverse=inverse)[:: -1 if inverse else 1]
+        return find_nonfinite(legs, x, context)
 
     def policies(self) -> list[Policy]:
         """Returns the policy in force for each block."""
@@ -223,7 +262,9 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         latents: Sequence[Tensor] = (),
     ) -> Outcome:
         self._refuse_sharded_blocks()
-        outcome = run_chain(legs, x, context, latents, exact=self.exact)
+        self._guard.look()
+        guard = None if self.exact else self._guard
+        outcome = run_chain(legs, x, context, latents, exact=self.exact, guard=guard)
         # An exported graph must not write attributes.
         if outcome.state_bytes != self.replay_state_bytes:
             self.replay_state_bytes = outcome.state_bytes

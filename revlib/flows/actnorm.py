@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 
 from revlib import functional
 from revlib.evaluate import Evaluate, Replay
+from revlib.finite import NonFiniteError, is_finite
 from revlib.flows.checks import check_channel_count, check_channels
-from revlib.flows.finite import NonFiniteError, is_finite
 from revlib.flows.layer import FlowLayer
 from revlib.replay import in_backward
 from revlib.streams import Streams

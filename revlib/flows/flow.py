@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import refuse_sharded_start
 from revlib.flows.base import Base, StandardNormal, TorchBase
 from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
-from revlib.flows.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.layer import FlowLayer, Latent
 from revlib.flows.sequential import FlowSequential
 from revlib.replay import modes_set, parts_of

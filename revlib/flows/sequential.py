@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from revlib.autograd import Leg
+from revlib.diagnosis import find_nonfinite
+from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import refuse_sharded_start
-from revlib.flows.finite import NonFiniteError, find_nonfinite, is_known_nonfinite
 from revlib.flows.layer import FlowLayer, Latent, packed, zeros
 from revlib.sequential import ReversibleSequential
 from revlib.streams import Streams

@@ -1,4 +1,4 @@
-"""Finds the layer that made a number infinite or NaN."""
+"""Finds the block at fault: the first that makes a number infinite or NaN, or that drifts."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -6,30 +6,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib.autograd import Leg, run_chain, take_latents
-
-
-class NonFiniteError(ArithmeticError):
-    """A log_det or a log density came out infinite or NaN; the text names the layer."""
-
-
-def is_known_nonfinite(result: Tensor) -> bool:
-    """Tells whether `result` is not finite, as far as one can look."""
-    return can_look(result) and not is_finite(result)
-
-
-def can_look(x: Tensor) -> bool:
-    """Tells whether looking at values costs nothing: on a CPU, and not while a graph is traced.
-
-    On a GPU a look would wait for all that was launched before.
-    """
-    return (
-        x.device.type == "cpu"
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+from revlib.finite import is_finite
+from revlib.guard import Probe
+from revlib.streams import Stream
 
 
 def find_nonfinite(
@@ -52,5 +34,19 @@ def find_nonfinite(
     return f"all layers are finite; what comes out is up to {x.abs().max().item():.3g}"
 
 
-def is_finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+def find_drift(
+    legs: Sequence[Leg],
+    x: Stream,
+    context: Tensor | None,
+    latents: Sequence[Tensor] = (),
+    *,
+    exact: bool = False,
+) -> str:
+    """Runs legs forward and back, and says where what is rebuilt is first far from what it was."""
+    probe = Probe()
+    x, latents = tree_map(lambda t: t.detach().requires_grad_(), (x, tuple(latents)))
+    with torch.enable_grad(), torch.random.fork_rng():
+        outcome = run_chain(legs, x, context, latents, exact=exact, guard=probe)
+        leaving = [t for t in tree_leaves((outcome.stream, outcome.extras)) if t is not None]
+        sum(t.sum() for t in leaving).backward()
+    return probe.report()
