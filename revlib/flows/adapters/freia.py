@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from revlib.autograd import is_altered
+from revlib.flows.adapters.couplings import LibraryCoupling
 from revlib.flows.adapters.layers import (
     Called,
-    Coupling,
     Steps,
     on_copy,
     per_sample,
@@ -106,16 +106,18 @@ def make_layer(module: nn.Module) -> FlowLayer:
             return Steps(
                 module,
                 [
-                    Coupling(module, networks, partial(see_side, side), partial(run_side, side))
+                    LibraryCoupling(
+                        module, networks, partial(see_side, side), partial(run_side, side)
+                    )
                     for side, networks in enumerate(TWO_SIDED[kind])
                 ],
             )
         if kind == "AffineCouplingOneSided":
-            return Coupling(module, ["subnet"], partial(see_side, 1), run)
+            return LibraryCoupling(module, ["subnet"], partial(see_side, 1), run)
         if kind == "ConditionalAffineTransform":
-            return Coupling(module, ["subnet"], see_condition, run)
+            return LibraryCoupling(module, ["subnet"], see_condition, run)
         if kind == "AllInOneBlock" and not module.householder:
-            coupling = Coupling(module, ["subnet"], see_first, run_affine)
+            coupling = LibraryCoupling(module, ["subnet"], see_first, run_affine)
             before = [Mixing(module, before=True)] if module.reverse_pre_permute else []
             return Steps(module, [*before, coupling, Mixing(module)])
     runner = partial(on_copy, run) if kind in WRITES_TO_INPUT else run

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate
-from revlib.flows.adapters.layers import Called, Coupling, Steps, stand_in
+from revlib.flows.adapters.couplings import LibraryCoupling
+from revlib.flows.adapters.layers import Called, Steps, stand_in
 from revlib.flows.layer import FlowLayer
 from revlib.flows.sequential import FlowSequential
 from revlib.replay import in_backward, modes_set
@@ -88,7 +89,7 @@ def make_coupling(module: nn.Module, *, flip: bool = False) -> FlowLayer:
 
     After the coupling may come an unconditional transform of what the coupling keeps.
     """
-    coupling = Coupling(module, ["transform_net"], see_kept, run_coupling, flip=flip)
+    coupling = LibraryCoupling(module, ["transform_net"], see_kept, run_coupling, flip=flip)
     if module.unconditional_transform is None:
         return coupling
     steps = [coupling, OnKept(module, flip=flip)]

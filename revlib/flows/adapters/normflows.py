@@ -7,7 +7,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from revlib.autograd import is_altered
-from revlib.flows.adapters.layers import Called, Coupling, on_copy
+from revlib.flows.adapters.couplings import LibraryCoupling
+from revlib.flows.adapters.layers import Called, on_copy
 from revlib.flows.adapters.nflows import make_coupling
 from revlib.flows.layer import FlowLayer
 from revlib.flows.sequential import FlowSequential
@@ -110,7 +111,7 @@ def layers(module: object, *, flip: bool = True) -> Iterator[FlowLayer]:
         yield make_affine_coupling(module, flip=flip)
     elif kind is flows.MaskedAffineFlow:
         networks = [name for name in ("s", "t") if name in module._modules]
-        yield Coupling(module, networks, see_masked, run, flip=flip)
+        yield LibraryCoupling(module, networks, see_masked, run, flip=flip)
     elif kind in (
         flows.CoupledRationalQuadraticSpline,
         flows.CircularCoupledRationalQuadraticSpline,
@@ -139,7 +140,7 @@ def has_cheap_inverse(module: nn.Module) -> bool:
 def make_affine_coupling(block: nn.Module, *, flip: bool) -> FlowLayer:
     split, coupling, _ = block.flows
     see, runner = partial(see_first, split), partial(run_on_pair, split)
-    return Coupling(coupling, ["param_map"], see, runner, flip=flip)
+    return LibraryCoupling(coupling, ["param_map"], see, runner, flip=flip)
 
 
 def see_first(split: nn.Module, module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
