@@ -1,6 +1,6 @@
-"""Couplings of other libraries.
+"""Couplings of other libraries: by one of our formulas, or else by the library's own.
 
-The user's sub-networks are evaluated apart, on what the coupling keeps: twice in a step
+Either way the user's sub-networks are evaluated apart, on what the coupling keeps: twice in a step
 that rebuilds.
 """
 
@@ -9,13 +9,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate, Replay
+from revlib.flows import couplings
 from revlib.flows.adapters.layers import Part, Run, initialize, per_sample, stand_in
-from revlib.flows.layer import FlowLayer
+from revlib.flows.layer import FlowLayer, zeros
 from revlib.streams import Streams
+
+LIBRARIES = ("nflows", "normflows", "FrEIA")
 
 # What the sub-networks of a coupling are called with: see(module, x, context).
 See = Callable[[nn.Module, Tensor, Tensor | None], tuple[Any, ...]]
+
+# What the sub-networks say, as our formula takes it: ask(module, x, context).
+Ask = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+
+# Where in a stream the elements are that change: x[where(module, x)].
+Where = Callable[[nn.Module, Tensor], tuple[Any, ...]]
 
 
 class Coupling(FlowLayer):
@@ -65,6 +75,58 @@ class Coupling(FlowLayer):
         condition = Condition(self)
         initialize(condition, x, evaluate.context)
         return evaluate(condition, x)
+
+
+class FusedCoupling(Coupling):
+    """Runs a coupling by a formula of ours, for which there is a fused kernel.
+
+    Args:
+        module: The user's module.
+        networks: The names of its sub-networks.
+        ask: Returns what they say, as the formula takes it; the same for the input as for the
+            output.
+        where: Tells which elements change.
+        formula: A coupling of ours, of which everything is used but the conditioner and the mask.
+        flip: Whether the module's own forward direction goes from latent to data.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        networks: Sequence[str],
+        ask: Ask,
+        where: Where,
+        formula: couplings.Coupling,
+        *,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(module, networks, flip=flip)
+        self.formula = formula
+        self._ask = ask
+        self._where = where
+
+    def condition(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self._ask(self.module, x, context)
+
+    def _run(self, streams: Streams, evaluate: Evaluate, *, inverse: bool) -> Streams:
+        (x,) = streams
+        where = self._where(self.module, x)
+        h = self._evaluate(x, evaluate)
+        y, log_det = self.formula.couple(x[where], h, inverse=inverse != self.flip)
+        return put(x, where, y), zeros(x) if log_det is None else log_det
+
+    def _step_back(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay, *, inverse: bool
+    ) -> tuple[Streams, Streams]:
+        (y,), (dy, dlog_det) = outputs, gradients
+        where = self._where(self.module, y)
+        h, pullback = evaluate.vjp(Condition(self), y)
+        changed, dchanged, dh = self.formula.couple_backward(
+            y[where], h, dy[where], dlog_det, inverse=inverse != self.flip
+        )
+        del h
+        dseen = pullback(dh)
+        return (put(y, where, changed),), (put(dy, where, dchanged) + dseen,)
 
 
 class LibraryCoupling(Coupling):
@@ -164,3 +226,37 @@ class Answer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
+
+
+def channels(place: slice, module: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    """Tells where a range of channels is."""
+    return slice(None), place
+
+
+def put(x: Tensor, where: tuple[Any, ...], values: Tensor) -> Tensor:
+    """Returns `x` with other values in some places."""
+    x = x.clone()
+    x[where] = values
+    return x
+
+
+def is_plain(module: nn.Module, *names: str) -> bool:
+    """Tells whether a module computes what a class of these names does in its library.
+
+    It does not if a subclass, a hook or an attribute of the module's own may change that.
+    """
+    cls = type(module)
+    return (
+        cls.__module__.partition(".")[0] in LIBRARIES
+        and cls.__name__ in names
+        and not is_altered(module)
+        and vars(module).keys().isdisjoint(dir(cls))
+    )
+
+
+def make_formula(kind: type[couplings.Coupling], **options: Any) -> couplings.Coupling | None:
+    """Returns a coupling of ours for its formula alone, or None where it refuses the options."""
+    try:
+        return kind(nn.Identity(), **options)
+    except (TypeError, ValueError):
+        return None
