@@ -105,6 +105,10 @@ class FusedCoupling(Coupling):
         self._ask = ask
         self._where = where
 
+    @property
+    def can_be_exact(self) -> bool:
+        return self.formula.can_be_exact
+
     def condition(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self._ask(self.module, x, context)
 
@@ -112,7 +116,7 @@ class FusedCoupling(Coupling):
         (x,) = streams
         where = self._where(self.module, x)
         h = self._evaluate(x, evaluate)
-        y, log_det = self.formula.couple(x[where], h, inverse=inverse != self.flip)
+        y, log_det = self.formula.couple(x[where], h, evaluate, inverse=inverse != self.flip)
         return put(x, where, y), zeros(x) if log_det is None else log_det
 
     def _step_back(
@@ -122,7 +126,7 @@ class FusedCoupling(Coupling):
         where = self._where(self.module, y)
         h, pullback = evaluate.vjp(Condition(self), y)
         changed, dchanged, dh = self.formula.couple_backward(
-            y[where], h, dy[where], dlog_det, inverse=inverse != self.flip
+            y[where], h, dy[where], dlog_det, evaluate, inverse=inverse != self.flip
         )
         del h
         dseen = pullback(dh)
