@@ -29,6 +29,7 @@ from revlib.functional._exact_affine_coupling import (
     exact_affine_coupling_inverse,
     exact_affine_coupling_inverse_backward,
 )
+from revlib.functional._exact_channel_map import exact_channel_map, exact_channel_map_inverse
 from revlib.functional._gaussian_log_prob import gaussian_log_prob
 from revlib.functional._masked_affine_coupling import (
     masked_affine_coupling,
@@ -64,6 +65,8 @@ __all__ = [
     "exact_affine_coupling_backward",
     "exact_affine_coupling_inverse",
     "exact_affine_coupling_inverse_backward",
+    "exact_channel_map",
+    "exact_channel_map_inverse",
     "gaussian_log_prob",
     "masked_affine_coupling",
     "masked_affine_coupling_backward",

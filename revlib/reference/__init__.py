@@ -42,6 +42,7 @@ from revlib.reference._exact_affine_coupling import (
     exact_affine_coupling_inverse_backward,
     exact_affine_coupling_inverse_gradients,
 )
+from revlib.reference._exact_channel_map import exact_channel_map, exact_channel_map_inverse
 from revlib.reference._gaussian_log_prob import gaussian_log_prob
 from revlib.reference._masked_affine_coupling import (
     kept_elements,
@@ -84,6 +85,8 @@ __all__ = [
     "exact_affine_coupling_inverse",
     "exact_affine_coupling_inverse_backward",
     "exact_affine_coupling_inverse_gradients",
+    "exact_channel_map",
+    "exact_channel_map_inverse",
     "gaussian_log_prob",
     "is_out_of_range",
     "join",
