@@ -400,6 +400,77 @@ ARGUMENTS = {
         ValueError,
         "bins must be a whole number above 0; got '8'",
     ),
+    "realnvp-layers-of-images": Bad(
+        lambda: flows.realnvp((3, 8, 8), layers=4),
+        ValueError,
+        "realnvp: layers is for vectors; images have levels; got layers=4",
+    ),
+    "realnvp-blocks-of-vectors": Bad(
+        lambda: flows.realnvp((4,), blocks=2),
+        ValueError,
+        "realnvp: blocks is for images; got blocks=2",
+    ),
+    "nice-hidden-of-a-subnet": Bad(
+        lambda: flows.nice((4,), hidden=8, subnet_constructor=net),
+        ValueError,
+        "nice: hidden is for the default conditioners, not for those of a subnet_constructor; "
+        "got hidden=8",
+    ),
+    "nice-depth-of-a-subnet": Bad(
+        lambda: flows.nice((4,), depth=2, subnet_constructor=net),
+        ValueError,
+        "nice: depth is for the default conditioners",
+    ),
+    "nice-context-of-a-subnet": Bad(
+        lambda: flows.nice((4,), context=3, subnet_constructor=net),
+        ValueError,
+        "nice: context is for the default conditioners",
+    ),
+    "realnvp-hidden-of-a-subnet": Bad(
+        lambda: flows.realnvp((4,), hidden=8, subnet_constructor=net),
+        ValueError,
+        "realnvp: hidden is for the default conditioners",
+    ),
+    "realnvp-blocks-of-a-subnet": Bad(
+        lambda: flows.realnvp((3, 8, 8), blocks=2, subnet_constructor=net),
+        ValueError,
+        "realnvp: blocks is for the default conditioners",
+    ),
+    "realnvp-context-of-a-subnet": Bad(
+        lambda: flows.realnvp((4,), context=3, subnet_constructor=net),
+        ValueError,
+        "realnvp: context is for the default conditioners",
+    ),
+    "glow-hidden-of-a-subnet": Bad(
+        lambda: flows.glow((4,), hidden=8, subnet_constructor=net),
+        ValueError,
+        "glow: hidden is for the default conditioners",
+    ),
+    "glow-context-of-a-subnet-for-vectors": Bad(
+        lambda: flows.glow((4,), context=3, subnet_constructor=net),
+        ValueError,
+        "glow: context is for the default conditioners",
+    ),
+    "glow-context-of-a-subnet-without-priors": Bad(
+        lambda: flows.glow((3, 8, 8), levels=1, context=3, subnet_constructor=net),
+        ValueError,
+        "glow: context is for the default conditioners",
+    ),
+    "spline-hidden-of-a-subnet": Bad(
+        lambda: flows.spline_flow((4,), hidden=8, subnet_constructor=net),
+        ValueError,
+        "spline_flow: hidden is for the default conditioners",
+    ),
+    "hidden-zero": Bad(
+        lambda: flows.spline_flow((4,), hidden=0),
+        ValueError,
+        "spline_flow: hidden must be a whole number above 0; got 0",
+    ),
+    "depth-zero": Bad(
+        lambda: flows.nice((4,), depth=0),
+        ValueError,
+        "nice: depth must be a whole number above 0; got 0",
+    ),
     "subnet-constructor": Bad(
         lambda: flows.nice((4,), subnet_constructor=3),
         TypeError,
@@ -766,8 +837,6 @@ INPUTS = {
         "must be a tensor or a tuple of tensors; got list",
     ),
 }
-
-# Not clear yet: the texts are proposals.
 
 
 def check(bad: Bad) -> None:
