@@ -411,6 +411,18 @@ def test_calls_without_gradients_compile_into_one_graph(name, backend, device):
         torch.testing.assert_close(samples, again, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("default")
+def test_flows_of_several_shapes_compile_one_after_the_other(device):
+    for features in (2, 3, 4):
+        flow = flows.Flow(flows.ActNorm(features), shape=(features,)).to(device).eval()
+        x = torch.randn(5, features, device=device)
+
+        with torch.no_grad():
+            log_prob = torch.compile(flow.log_prob, backend="eager", fullgraph=True)(x)
+
+            torch.testing.assert_close(log_prob, flow.log_prob(x))
+
+
 WORLD = 2
 
 
