@@ -66,7 +66,8 @@ def train_command(
     out: Annotated[Path, Option(help="The folder of the run.")],
     model: Annotated[str, Option(help=f"{', '.join(MODELS)}.")] = Settings.model,
     policy: Annotated[
-        str, Option(help=f"For a revnet or a flow: {', '.join(POLICIES)}.")
+        str | None,
+        Option(help=f"For a revnet or a flow: {', '.join(POLICIES)}.", show_default="rebuild"),
     ] = Settings.policy,
     dropout: Annotated[
         float, Option(help="For a classifier: share of activations to drop.")

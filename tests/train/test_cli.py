@@ -138,6 +138,10 @@ BAD_INPUT = [
     ),
     (["--image-size", "4"], "--image-size is for a folder of images; got data "),
     (["--hidden", "8"], "--hidden is a choice that revnet38 does not have; got 8"),
+    (
+        ["--model", "resnet32", "--policy", "rebuild"],
+        "--policy is a choice that resnet32 does not have; got rebuild",
+    ),
     (["--flow-steps", "0"], "--flow-steps must be at least 1; got 0"),
     (["--data", "two_moons"], "--data must be digits, an .npz file or a folder of images; got "),
     (["--mixed-precision", "fp16"], "--mixed-precision must be one that this machine can do"),

@@ -71,6 +71,14 @@ def test_every_choice_is_tried():
     assert CHOSEN.keys() == CHOICES.keys()
 
 
+def test_a_resnet_refuses_even_the_policy_that_others_have_by_default():
+    assert Settings(data="digits", out=Path("run")).policy == "rebuild"
+
+    line = "policy is a choice that resnet32 does not have; got rebuild"
+    with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+        Settings(data="digits", out=Path("run"), model="resnet32", policy="rebuild")
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_has_settings(model):
     assert Settings(data="digits", out=Path("run"), model=model).model == model
