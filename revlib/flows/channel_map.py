@@ -263,7 +263,8 @@ def mapped(x: Tensor, matrix: Tensor) -> Tensor:
         if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
             y = F.linear(wide.movedim(1, -1), matrix).movedim(-1, 1)
         else:
-            y = (matrix @ wide.flatten(2)).view_as(x)
+            # Not `matrix @`, which rounds otherwise where the matrix requires grad.
+            y = torch.bmm(matrix.expand(len(x), -1, -1), wide.flatten(2)).view_as(x)
     return y.to(x.dtype)
 
 
