@@ -120,10 +120,10 @@ class Evaluate:
         """Returns `block.weights()`: what the block computes with beside its streams."""
         return self._call(Weights(block), ())
 
-    @torch.no_grad()
     def factors(self, block: nn.Module) -> Streams:
         """Returns `block.factors()`: what exact arithmetic makes of those weights."""
-        return self._call(Factors(block), ())
+        with torch.no_grad():
+            return self._call(Factors(block), ())
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         try:

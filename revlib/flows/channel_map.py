@@ -1,5 +1,6 @@
 """Layers that apply one matrix to the channels of every pixel."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from revlib.dispatch import gradient_is_recorded
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.checks import check_channel_count, check_channels
@@ -43,9 +45,7 @@ class ChannelMap(FlowLayer):
         check_channels(evaluate.label, x, self.channels)
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
-            return ExactMapFunction.apply(
-                x, matrix, bias, log_abs_det, evaluate, evaluate.factors(self), False
-            )
+            return self._map_exactly(x, matrix, bias, log_abs_det, evaluate, inverse=False)
         return shifted(mapped(x, matrix), bias), zeros(x) + space(x) * log_abs_det
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
@@ -53,9 +53,7 @@ class ChannelMap(FlowLayer):
         check_channels(evaluate.label, y, self.channels)
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
-            return ExactMapFunction.apply(
-                y, matrix, bias, log_abs_det, evaluate, evaluate.factors(self), True
-            )
+            return self._map_exactly(y, matrix, bias, log_abs_det, evaluate, inverse=True)
         inverse = inverted(matrix)
         x = shifted(mapped(y, inverse), unshifted(inverse, bias))
         return x, zeros(y) - space(y) * log_abs_det
@@ -91,6 +89,24 @@ class ChannelMap(FlowLayer):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+    def _map_exactly(
+        self,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        log_abs_det: Tensor,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            return evaluate.exact.channel_map(x, factors, evaluate.label, inverse=inverse)
+
+        factors = evaluate.factors(self)
+        if gradient_is_recorded(x, matrix):
+            return ExactMapFunction.apply(x, matrix, bias, log_abs_det, run, inverse)
+        return run(x)
 
 
 class InvertibleConv1x1(ChannelMap):
@@ -220,13 +236,10 @@ class ExactMapFunction(torch.autograd.Function):
         matrix: Tensor,
         bias: Tensor | None,
         log_abs_det: Tensor,
-        evaluate: Evaluate,
-        factors: Streams,
+        run: Callable[[Tensor], tuple[Tensor, Tensor]],
         inverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        result, log_det = evaluate.exact.channel_map(
-            given, factors, evaluate.label, inverse=inverse
-        )
+        result, log_det = run(given)
         ctx.save_for_backward(result if inverse else given, matrix)
         ctx.has_bias, ctx.inverse = bias is not None, inverse
         return result, log_det
@@ -238,7 +251,7 @@ class ExactMapFunction(torch.autograd.Function):
         gradients = inverse_gradients_at if ctx.inverse else gradients_at
         dgiven, dmatrix, dbias, dlog_abs_det = gradients(x, dresult, dlog_det, matrix)
         dbias = dbias if ctx.has_bias else None
-        return dgiven, dmatrix, dbias, dlog_abs_det, None, None, None
+        return dgiven, dmatrix, dbias, dlog_abs_det, None, None
 
 
 def gradients_at(x: Tensor, dy: Tensor, dlog_det: Tensor, matrix: Tensor) -> Streams:
