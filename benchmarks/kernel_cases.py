@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from revlib import functional
 
 CHANNELS = 16
+# Where the ops that have one take their state.
+STATES = {"exact_affine_coupling": 2, "exact_actnorm": 3}
 
 Tensors = tuple[Tensor, ...]
 Call = Callable[..., Tensors]
@@ -57,9 +59,16 @@ class Case:
     @property
     def written(self) -> tuple[int, ...]:
         """Which of its tensors the call writes over."""
+        if self.state:
+            return (self.state,)
         if not self.options.get("inplace"):
             return ()
         return (0, 2) if self.op.endswith("backward") else (0,)
+
+    @property
+    def state(self) -> int:
+        """Which of its tensors is a state, written and not returned; 0 for none."""
+        return next((at for op, at in STATES.items() if self.op.startswith(op)), 0)
 
     def call(self) -> Call:
         """Returns the op, from tensors to a tuple of tensors."""
@@ -81,6 +90,8 @@ class Case:
         Backward reads the inputs again, and the gradients of the outputs.
         """
         read, written = bytes_of(inputs), bytes_of(outputs)
+        if self.state:
+            return self.minimum_bytes_with_state(inputs, outputs)
         if self.options.get("mask") == "channel":
             read -= bytes_of(inputs[1:2]) // 2  # what the conditioner says of kept channels
         if not self.with_gradients:
@@ -89,6 +100,15 @@ class Case:
         if self.op == "affine_coupling":
             again -= bytes_of(inputs[1:2]) // 2  # no gradient depends on the shift
         return 2 * read + 2 * written + again
+
+    def minimum_bytes_with_state(self, inputs: Tensors, outputs: Tensors) -> int:
+        """The state is written, too. The gradients need none of it, and of h the log-scales."""
+        forward = bytes_of((*inputs, *outputs, inputs[self.state]))
+        if not self.with_gradients:
+            return forward
+        x, h = inputs[: self.state]
+        output_gradients = outputs[:-1]  # the flag has none
+        return forward + bytes_of((x, h, x, *output_gradients)) + bytes_of((h,)) // 2
 
 
 # batch, side of an image, dtype, torch.randn on the device
@@ -111,6 +131,12 @@ def draw_exact_additive(batch, side, dtype, normal):
     return normal(stream), normal(stream, dtype=dtype)
 
 
+def draw_exact_coupling(batch, side, dtype, normal, *, gradients=False):
+    """The stream and its gradient are float32 in any case, and the stream is on the grid."""
+    x, h, *more = draw_coupling(batch, side, dtype, normal, gradients=gradients)
+    return on_grid(x), h, new_state(x), *(gradient.float() for gradient in more)
+
+
 def draw_stream(batch, side, dtype, normal):
     return (normal((batch, CHANNELS, side, side), dtype=dtype),)
 
@@ -123,6 +149,24 @@ def draw_actnorm(batch, side, dtype, normal):
 def draw_actnorm_backward(batch, side, dtype, normal):
     y, log_scale, bias = draw_actnorm(batch, side, dtype, normal)
     return y, log_scale, bias, normal(y.shape, dtype=dtype), normal(batch)
+
+
+def draw_exact_actnorm(batch, side, dtype, normal):
+    x, log_scale, bias = draw_actnorm(batch, side, dtype, normal)
+    return on_grid(x), log_scale, bias, new_state(x)
+
+
+def draw_exact_actnorm_backward(batch, side, dtype, normal):
+    y, log_scale, bias, state = draw_exact_actnorm(batch, side, dtype, normal)
+    return y, log_scale, bias, state, normal(y.shape), normal(batch)
+
+
+def on_grid(x: Tensor) -> Tensor:
+    return (x.float() * 2**12).round() / 2**12
+
+
+def new_state(x: Tensor) -> Tensor:
+    return torch.full_like(x, 2**15, dtype=torch.int64)
 
 
 def channels_last(tensors: Tensors) -> Tensors:
@@ -139,6 +183,7 @@ def half_of_a_stream(tensors: Tensors) -> Tensors:
 
 
 coupling_gradients = partial(draw_coupling, gradients=True)
+exact_coupling_gradients = partial(draw_exact_coupling, gradients=True)
 
 
 def spline(bins: int, **more: Any) -> Draw:
@@ -162,6 +207,11 @@ CASES = (
     Case("masked_affine_coupling_backward", coupling_gradients, {"mask": "channel"}),
     Case("exact_additive_coupling", draw_exact_additive),
     Case("exact_additive_coupling", draw_exact_additive, {"inplace": True}, half_of_a_stream),
+    Case("exact_affine_coupling", draw_exact_coupling),
+    Case("exact_affine_coupling", draw_exact_coupling, layout=channels_last),
+    Case("exact_affine_coupling", draw_exact_coupling, with_gradients=True),
+    Case("exact_affine_coupling_inverse", draw_exact_coupling),
+    Case("exact_affine_coupling_backward", exact_coupling_gradients),
     Case("spline_coupling", spline(8), {"bins": 8}),
     Case("spline_coupling", spline(8), {"bins": 8}, with_gradients=True),
     Case("spline_coupling_inverse", spline(8), {"bins": 8}),
@@ -176,6 +226,10 @@ CASES = (
     Case("actnorm", draw_actnorm, with_gradients=True),
     Case("actnorm_backward", draw_actnorm_backward),
     Case("actnorm_backward", draw_actnorm_backward, layout=channels_last),
+    Case("exact_actnorm", draw_exact_actnorm),
+    Case("exact_actnorm_inverse", draw_exact_actnorm),
+    Case("exact_actnorm_backward", draw_exact_actnorm_backward),
+    Case("exact_actnorm_backward", draw_exact_actnorm_backward, layout=channels_last),
     Case("squeeze", draw_stream, has_kernel=False),
     Case("unsqueeze", draw_stream, has_kernel=False),
 )

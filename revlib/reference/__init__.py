@@ -42,7 +42,12 @@ from revlib.reference._exact_affine_coupling import (
     exact_affine_coupling_inverse_backward,
     exact_affine_coupling_inverse_gradients,
 )
-from revlib.reference._exact_channel_map import exact_channel_map, exact_channel_map_inverse
+from revlib.reference._exact_channel_map import (
+    channel_map_factors,
+    channel_map_log_det,
+    exact_channel_map,
+    exact_channel_map_inverse,
+)
 from revlib.reference._gaussian_log_prob import gaussian_log_prob
 from revlib.reference._masked_affine_coupling import (
     kept_elements,
@@ -71,6 +76,8 @@ __all__ = [
     "affine_coupling_backward",
     "affine_coupling_inverse",
     "affine_coupling_inverse_backward",
+    "channel_map_factors",
+    "channel_map_log_det",
     "exact_actnorm",
     "exact_actnorm_backward",
     "exact_actnorm_gradients",

@@ -87,13 +87,13 @@ def exact_channel_map(
     state: Tensor,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    f = factors(lower, upper, log_diagonal, sign, permutation, bias, bits)
+    f = channel_map_factors(lower, upper, log_diagonal, sign, permutation, bias, bits)
     rows, s, shift = to_rows(x, bits), to_whole(f.s, x), to_whole(f.shift, x)
     scaled, state_is_full = scale(rows, s, state)
     z = rounded_product(f.upper, rows).add_(scaled)
     y = from_rows(rounded_product(f.product, z).add_(shift), x, bits)
     overflow = any_is_out_of_range(x, z, y, bits) | state_is_full | ~f.in_range
-    return y, log_det(x, f.s, log_diagonal), overflow
+    return y, channel_map_log_det(x, f.s, log_diagonal), overflow
 
 
 def exact_channel_map_inverse(
@@ -107,7 +107,7 @@ def exact_channel_map_inverse(
     state: Tensor,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    f = factors(lower, upper, log_diagonal, sign, permutation, bias, bits)
+    f = channel_map_factors(lower, upper, log_diagonal, sign, permutation, bias, bits)
     s, shift = to_whole(f.s, y), to_whole(f.shift, y)
     z = to_rows(y, bits).sub_(shift).index_select(0, f.order.argsort())
     for _ in undo_lifting(z, f.lower, descending=False):
@@ -116,10 +116,10 @@ def exact_channel_map_inverse(
     state_is_full = undo_lifting_and_scale(rows, f.upper, s, state)
     x = from_rows(rows, y, bits)
     overflow = any_is_out_of_range(x, z, y, bits) | state_is_full | ~f.in_range
-    return x, -log_det(y, f.s, log_diagonal), overflow
+    return x, -channel_map_log_det(y, f.s, log_diagonal), overflow
 
 
-def factors(
+def channel_map_factors(
     lower: Tensor,
     upper: Tensor,
     log_diagonal: Tensor,
@@ -141,9 +141,9 @@ def factors(
         sign=sign[:, None],
         order=order,
         shift=shift[:, None],
-        # Asked this way round, so that NaN is outside.
+        # Asked this way round, so that NaN is outside: that of a sign is in upper.
         in_range=(torch.stack((lower, upper)).abs().sum(-1).amax() < LARGEST_ROW_SUM)
-        & is_finite(torch.stack((log_diagonal, sign, shift))),
+        & is_finite(torch.stack((log_diagonal, shift))),
     )
 
 
@@ -259,7 +259,7 @@ def any_is_out_of_range(x: Tensor, z: Tensor, y: Tensor, bits: int) -> Tensor:
     return is_out_of_range(z, limit) | x_and_y[0] | x_and_y[1]
 
 
-def log_det(x: Tensor, s: Tensor, log_diagonal: Tensor) -> Tensor:
+def channel_map_log_det(x: Tensor, s: Tensor, log_diagonal: Tensor) -> Tensor:
     """Of the ratios R / S, exactly."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, log_diagonal.dtype), torch.float32)
     return actnorm_log_det(x, ratio_of(s).log_().neg_()).to(dtype)
