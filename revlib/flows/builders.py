@@ -40,6 +40,7 @@ def nice(
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds NICE: additive couplings of the even and the odd elements, and a diagonal scaling.
@@ -53,6 +54,7 @@ def nice(
             :class:`revlib.flows.Dequantize`. None for data that are real numbers.
         context: The number of features of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
             an :class:`revlib.flows.MLP`. With one of your own, `hidden`, `depth` and `context`
             would have no effect, and are refused.
@@ -84,7 +86,7 @@ def nice(
         kept, changed = halves(size, flip=i % 2 == 1)
         chain.append(AdditiveCoupling(build(kept, changed), flip=i % 2 == 1))
     chain.append(DiagonalScaling((size,)))
-    return make_flow(chain, [(size,)], shape, policy)
+    return make_flow(chain, [(size,)], shape, policy, exact)
 
 
 def realnvp(
@@ -97,6 +99,7 @@ def realnvp(
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds RealNVP: affine couplings, and for images the multi-scale architecture.
@@ -114,6 +117,7 @@ def realnvp(
         dequantize: As for :func:`revlib.flows.nice`; a :class:`revlib.flows.Logit` follows.
         context: The number of features or channels of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
             a :class:`revlib.flows.ResidualConvNet`, for vectors an :class:`revlib.flows.MLP`.
             With one of your own, `hidden`, `blocks` and `context` are refused.
@@ -157,7 +161,7 @@ def realnvp(
         chain += [Dequantize(dequantize), Logit()]
     if len(shape) == 1:
         chain += couplings(*shape, "channel", layers)
-        return make_flow(chain, [shape], shape, policy)
+        return make_flow(chain, [shape], shape, policy, exact)
 
     check_divisible("realnvp", shape, levels - 1)
     channels, height, width = shape
@@ -169,7 +173,7 @@ def realnvp(
         channels //= 2
         latents.append((channels, height, width))
     chain += couplings(channels, "checkerboard", 4)
-    return make_flow(chain, [*latents, (channels, height, width)], shape, policy)
+    return make_flow(chain, [*latents, (channels, height, width)], shape, policy, exact)
 
 
 def glow(
@@ -183,6 +187,7 @@ def glow(
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds Glow: steps of activation norm, invertible 1x1 convolution and affine coupling.
@@ -201,6 +206,7 @@ def glow(
         dequantize: As for :func:`revlib.flows.nice`; the result is centred on 0.
         context: The number of features or channels of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
             a :class:`revlib.flows.GlowConvNet`, for vectors an :class:`revlib.flows.MLP`. With
             one of your own, `hidden` is refused, and `context` where no prior is learned.
@@ -220,7 +226,7 @@ def glow(
         return AffineCoupling(build(kept, 2 * changed), scale=scale)
 
     return multiscale(
-        "glow", shape, levels, steps, hidden, lu, dequantize, context, policy,
+        "glow", shape, levels, steps, hidden, lu, dequantize, context, policy, exact,
         subnet_constructor, coupling,
     )  # fmt: skip
 
@@ -237,6 +243,7 @@ def spline_flow(
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds a neural spline flow: Glow's architecture with rational-quadratic couplings.
@@ -255,6 +262,7 @@ def spline_flow(
         dequantize: As for :func:`revlib.flows.glow`.
         context: The number of features or channels of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: As for :func:`revlib.flows.glow`.
 
     References:
@@ -271,7 +279,7 @@ def spline_flow(
         return SplineCoupling(build(kept, (3 * bins - 1) * changed), bins=bins, bound=bound)
 
     return multiscale(
-        "spline_flow", shape, levels, steps, hidden, lu, dequantize, context, policy,
+        "spline_flow", shape, levels, steps, hidden, lu, dequantize, context, policy, exact,
         subnet_constructor, coupling,
     )  # fmt: skip
 
@@ -286,6 +294,7 @@ def multiscale(
     dequantize: int | None,
     context: int,
     policy: Policy,
+    exact: bool,
     subnet_constructor: SubnetConstructor | None,
     coupling: Callable[[SubnetConstructor, int, int], FlowLayer],
 ) -> Flow:
@@ -314,7 +323,7 @@ def multiscale(
         chain += [Dequantize(dequantize), Affine(mean=0.5)]
     if is_vector:
         chain += level(*shape)
-        return make_flow(chain, [shape], shape, policy)
+        return make_flow(chain, [shape], shape, policy, exact)
 
     check_divisible(name, shape, levels)
     channels, height, width = shape
@@ -326,7 +335,7 @@ def multiscale(
             channels //= 2
             chain.append(Split(make_prior(channels, context)))
         latents.append((channels, height, width))
-    return make_flow(chain, latents, shape, policy)
+    return make_flow(chain, latents, shape, policy, exact)
 
 
 def make_prior(channels: int, context: int) -> nn.Module:
@@ -337,8 +346,10 @@ def make_prior(channels: int, context: int) -> nn.Module:
     return prior
 
 
-def make_flow(chain: list[FlowLayer], latents: list[Shape], shape: Shape, policy: Policy) -> Flow:
-    transform = FlowSequential(*chain, policy=policy)
+def make_flow(
+    chain: list[FlowLayer], latents: list[Shape], shape: Shape, policy: Policy, exact: bool
+) -> Flow:
+    transform = FlowSequential(*chain, policy=policy, exact=exact)
     return Flow(transform, StandardNormal(*latents), shape=shape)
 
 

@@ -24,6 +24,8 @@ class FlowSequential(ReversibleSequential, FlowLayer):
             :class:`revlib.flows.FlowLayer` for writing your own.
         policy: As for :class:`revlib.ReversibleSequential`: "rebuild", "store" or "recompute",
             for all layers or a list with one entry per layer.
+        exact: As for :class:`revlib.ReversibleSequential`. Layers that scale then carry an integer
+            state of 8 bytes per element through the chain; splines are recomputed.
 
     Raises:
         TypeError: If a layer is no :class:`revlib.flows.FlowLayer`.

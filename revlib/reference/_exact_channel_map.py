@@ -37,8 +37,8 @@ from revlib.reference._exact_scaling import (
     centre,
     divide_,
     divisor,
+    fits,
     is_finite,
-    largest,
     ratio_of,
     to_whole,
 )
@@ -170,7 +170,7 @@ def scale(rows: Tensor, s: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     v = (u & (R - 1)).to(rows.dtype).add_(rows, alpha=R).add_(centre(s))
     scaled = divide_(v, s)
     u = u >> R_BITS
-    is_full = ~(largest(u.double() * s) < STATE_LIMIT)
+    is_full = ~fits(u.double() * s, STATE_LIMIT)
     u.mul_(s.long()).add_(v.long())
     by_channel.copy_(u.flip(0).view(by_channel.shape))
     return scaled, is_full
@@ -188,7 +188,7 @@ def undo_lifting_and_scale(rows: Tensor, upper: Tensor, s: Tensor, state: Tensor
 
     low = v.sub_(rows, alpha=R).long()
     by_channel.copy_((popped << R_BITS).add_(low).view(by_channel.shape))
-    return ~(largest(popped) < STATE_LIMIT // R)
+    return ~fits(popped, STATE_LIMIT // R)
 
 
 def unscale(row: Tensor, s: Tensor, v: Tensor) -> None:

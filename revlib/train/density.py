@@ -53,13 +53,17 @@ class Density:
             data.shape,
             dequantize=data.levels,
             policy=settings.policy,
+            exact=settings.exact,
             **{name: value for name, value in options.items() if value is not None},
         )
         if data.levels is not None:
             return flow
         std, mean = torch.std_mean(data.x_train.double(), 0, correction=0)
         standardised = flows.FlowSequential(
-            flows.Affine(mean.float(), std.float()), *flow.transform, policy=settings.policy
+            flows.Affine(mean.float(), std.float()),
+            *flow.transform,
+            policy=settings.policy,
+            exact=settings.exact,
         )
         return flows.Flow(standardised, flow.base, shape=data.shape)
 

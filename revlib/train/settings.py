@@ -12,9 +12,11 @@ CLASSIFIER_DEFAULTS = {"lr": 0.1, "weight_decay": 1e-4}
 FLOW_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.0}
 FLOWS = ("nice", "realnvp", "glow", "spline_flow")
 MODELS = (*model_names(), *FLOWS)
+REVERSIBLE = [model for model in MODELS if not model.startswith("resnet")]
 # The settings that only some models have.
 CHOICES = {
-    "policy": [model for model in MODELS if not model.startswith("resnet")],
+    "policy": REVERSIBLE,
+    "exact": REVERSIBLE,
     "dropout": model_names(),
     "augment": model_names(),
     "levels": [model for model in FLOWS if model != "nice"],
@@ -38,6 +40,7 @@ class Settings:
             `spline_flow`.
         policy: How a RevNet or a flow gets its activations back, by default `rebuild`; a ResNet
             has no choice.
+        exact: Whether a RevNet or a flow rebuilds to the last bit.
         dropout: The share of activations that is dropped, in a classifier.
         levels: The scales of a flow for images; by default the model's own number, or as many as
             the images can be halved.
@@ -71,6 +74,7 @@ class Settings:
     out: Path
     model: str = "revnet38"
     policy: str | None = None
+    exact: bool = False
     dropout: float = 0.0
     levels: int | None = None
     flow_steps: int | None = None
@@ -89,7 +93,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         own = dict(FLOW_DEFAULTS if self.model in FLOWS else CLASSIFIER_DEFAULTS)
-        if self.model in CHOICES["policy"]:
+        if self.model in REVERSIBLE:
             own["policy"] = "rebuild"
         for name, value in own.items():
             if getattr(self, name) is None:

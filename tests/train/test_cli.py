@@ -32,7 +32,9 @@ CLASSIFIER = dict(
     weight_decay=0.6, image_size=7, augment=True, seed=8, mixed_precision="bf16", accumulate=2,
     checkpoint_every=9,
 )  # fmt: skip
-FLOW = dict(data="images", model="glow", levels=2, flow_steps=3, hidden=4, picture_every=5)
+FLOW = dict(
+    data="images", model="glow", exact=True, levels=2, flow_steps=3, hidden=4, picture_every=5
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("given", [CLASSIFIER, FLOW], ids=["classifier", "flow"])
