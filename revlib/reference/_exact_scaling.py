@@ -68,7 +68,7 @@ def unshift_and_unscale(
         room &= fits(v.double().mul_(s).abs_(), WRAP_LIMIT)
     v = v.mul_(s).add_(low).sub_(centre(s))
     quotient = divide_(v, v.new_full((), R))
-    torch.bitwise_left_shift(popped, R_BITS, out=state).bitwise_or_(v.long())
+    state.copy_(popped.bitwise_left_shift_(R_BITS).bitwise_or_(v.long()))
     x = quotient.to(y.dtype).mul_(1 / steps)
     return x, ~(room & in_range(x, bits) & in_range(y, bits))
 
