@@ -263,6 +263,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     ) -> Outcome:
         self._refuse_sharded_blocks()
         self._guard.look()
+        self._guard.chain = f"{type(self).__name__} of {len(self)} blocks"
         guard = None if self.exact else self._guard
         outcome = run_chain(legs, x, context, latents, exact=self.exact, guard=guard)
         # An exported graph must not write attributes.
