@@ -303,6 +303,8 @@ class Tape:
         streams: The stream.
         state_bytes: The bytes of replay state that all nodes keep.
         error: What the guard has found so far in this backward pass.
+        context_gradient: The context's gradient so far in this backward pass. The node that begins
+            a stretch returns the whole of it, added up in the order in which autograd would have.
     """
 
     exact: Exact | None
@@ -310,6 +312,7 @@ class Tape:
     streams: Streams | None = None
     state_bytes: int = 0
     error: Tensor | None = None
+    context_gradient: Tensor | None = None
 
     def take(self) -> Streams:
         """Returns the stream and lets go of it, so that it can be freed as it is used up."""
@@ -403,6 +406,8 @@ class BlockFunction(torch.autograd.Function):
         del saved, rest
         if ctx.keeps_state:
             tape.exact.state, tape.exact.borrowed = state, True
+        if node.keeps_output:
+            tape.error = tape.context_gradient = None
         evaluate = Replay(
             ctx.evaluations,
             ctx.parameters,
@@ -412,6 +417,7 @@ class BlockFunction(torch.autograd.Function):
             in_order=ctx.recompute,
             exact=tape.exact,
         )
+        evaluate.context_gradient = tape.context_gradient
 
         gradients, extra = _cut(gradients, node.form_out)
         gradients = (*convert(gradients, node.form_out, node.form), *extra)
@@ -440,7 +446,9 @@ class BlockFunction(torch.autograd.Function):
         check_finite(leg.label, "the gradient of its input", gradients)
         gradients, extra = _cut(gradients, node.form)
         gradients = convert(gradients, node.form, node.form_in)
-        return None, None, evaluate.context_gradient, *gradients, *extra, *evaluate.gradients
+        tape.context_gradient = evaluate.context_gradient if node.previous else None
+        dcontext = None if node.previous else evaluate.context_gradient
+        return None, None, dcontext, *gradients, *extra, *evaluate.gradients
 
 
 def _cut(tensors: Sequence[Any], form: Form) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
