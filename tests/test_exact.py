@@ -11,6 +11,7 @@ from chains import CASES, conv, coupling, mlp, over
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+import revlib
 from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential, flows
 from revlib.memory import measure_step
 
@@ -508,3 +509,20 @@ def test_transforms_of_torch_func_are_refused():
 
     with pytest.raises(NotImplementedError, match=r"torch\.func transforms take no exact chain"):
         torch.func.vmap(chain)(torch.zeros(2, 1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", ["conv-batchnorm", "flow", "flow-multi-scale", "flow-nested"])
+def test_kernels_change_nothing_of_it(name, direction):
+    case = CASES[name]
+    chain = exact(case.make()).float()
+    args = in_dtype(case.inputs(), torch.float)
+    with revlib.use_kernels(True):
+        if direction == "inverse":
+            with torch.no_grad():
+                args = in_dtype((case.stream_of(chain(*args)),), torch.float)
+        twin, twin_args = stored(chain), copy.deepcopy(args)
+
+        got = step(chain, args, getattr(chain, direction))
+
+        assert_equal(got, step(twin, twin_args, getattr(twin, direction)))
