@@ -104,8 +104,8 @@ MISTAKES = {
     "digits that are popped": (
         "exact_actnorm",
         "exact_scaling",
-        "v = steps * R + (state & (R - 1)) + centre",
-        "v = steps * R + centre",
+        "v = given * R + (state & (R - 1)) + centre",
+        "v = given * R + centre",
     ),
     "room in the state": (
         "exact_affine_coupling",
