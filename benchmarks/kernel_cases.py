@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from revlib import functional
 
 CHANNELS = 16
+# Where the ops that have one take their state.
+STATES = {"exact_channel_map": 7}
 
 Tensors = tuple[Tensor, ...]
 Call = Callable[..., Tensors]
@@ -57,9 +59,16 @@ class Case:
     @property
     def written(self) -> tuple[int, ...]:
         """Which of its tensors the call writes over."""
+        if self.state:
+            return (self.state,)
         if not self.options.get("inplace"):
             return ()
         return (0, 2) if self.op.endswith("backward") else (0,)
+
+    @property
+    def state(self) -> int:
+        """Which of its tensors is a state, written and not returned; 0 for none."""
+        return next((at for op, at in STATES.items() if self.op.startswith(op)), 0)
 
     def call(self) -> Call:
         """Returns the op, from tensors to a tuple of tensors."""
@@ -81,6 +90,8 @@ class Case:
         Backward reads the inputs again, and the gradients of the outputs.
         """
         read, written = bytes_of(inputs), bytes_of(outputs)
+        if self.state:
+            return read + written + bytes_of((inputs[self.state],))
         if self.options.get("mask") == "channel":
             read -= bytes_of(inputs[1:2]) // 2  # what the conditioner says of kept channels
         if not self.with_gradients:
@@ -109,6 +120,16 @@ def draw_exact_additive(batch, side, dtype, normal):
     """The stream is float32 in any case: the grid needs it."""
     stream = (batch, CHANNELS, side, side)
     return normal(stream), normal(stream, dtype=dtype)
+
+
+def draw_exact_channel_map(batch, side, dtype, normal, *, channels=CHANNELS, stream=torch.float32):
+    """The factors of a rotation; the stream is on the grid, and wide enough for it."""
+    x = (normal((batch, channels, side, side)) * 2**12).round().to(stream) / 2**12
+    permutation, lower, upper = torch.linalg.lu(torch.linalg.qr(normal((channels, channels))).Q)
+    diagonal = upper.diagonal()
+    factors = lower, upper, diagonal.abs().log(), diagonal.sign(), permutation, normal(channels)
+    state = torch.full_like(x, 2**15, dtype=torch.int64)
+    return x, *(factor.to(dtype) for factor in factors), state
 
 
 def draw_stream(batch, side, dtype, normal):
@@ -162,6 +183,9 @@ CASES = (
     Case("masked_affine_coupling_backward", coupling_gradients, {"mask": "channel"}),
     Case("exact_additive_coupling", draw_exact_additive),
     Case("exact_additive_coupling", draw_exact_additive, {"inplace": True}, half_of_a_stream),
+    Case("exact_channel_map", draw_exact_channel_map),
+    Case("exact_channel_map", draw_exact_channel_map, layout=channels_last),
+    Case("exact_channel_map_inverse", draw_exact_channel_map),
     Case("spline_coupling", spline(8), {"bins": 8}),
     Case("spline_coupling", spline(8), {"bins": 8}, with_gradients=True),
     Case("spline_coupling_inverse", spline(8), {"bins": 8}),
