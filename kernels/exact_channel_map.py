@@ -273,8 +273,8 @@ def exact_channel_map_inverse(
     if walk.n_programs:
         with torch.cuda.device_of(y):
             exact_channel_map_inverse_kernel[(walk.n_programs,)](
-                y, by_column(lower), by_column(upper), s, sign, shift, order, u, x, overflow,
-                *walk.sizes, *walk.strides, **walk.constants,
+                y, by_column(lower), by_column(upper), s, sign.contiguous(), shift, order, u, x,
+                overflow, *walk.sizes, *walk.strides, **walk.constants,
             )  # fmt: skip
     if u is not state:
         state.copy_(u)
