@@ -35,7 +35,6 @@ from revlib.reference._exact_scaling import (
     STREAM_LIMIT,
     R,
     centre,
-    divide_,
     divisor,
     is_finite,
     largest,
@@ -153,13 +152,17 @@ def multiples_of_1_r(values: Tensor) -> Tensor:
 
 def to_rows(x: Tensor, bits: int) -> Tensor:
     """[channels, batch * space], in whole steps."""
-    return to_whole(x.movedim(1, 0).flatten(1) * 2.0**bits, x)
+    by_channel = x.movedim(1, 0).to(
+        torch.float64, copy=True, memory_format=torch.contiguous_format
+    )
+    return to_whole(by_channel.flatten(1).mul_(2.0**bits), x)
 
 
 def from_rows(rows: Tensor, like: Tensor, bits: int) -> Tensor:
+    """May overwrite the rows."""
     result = torch.empty_like(like)
     by_channel = result.movedim(1, 0)
-    by_channel.copy_((rows.double() * 2.0**-bits).view(by_channel.shape))
+    by_channel.copy_(rows.double().mul_(2.0**-bits).view(by_channel.shape))
     return result
 
 
@@ -167,11 +170,12 @@ def scale(rows: Tensor, s: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the scaled rows and whether the state is full, and writes the state."""
     by_channel = state.movedim(1, 0)
     u = by_channel.flatten(1)
-    v = (u & (R - 1)).to(rows.dtype).add_(rows, alpha=R).add_(centre(s))
-    scaled = divide_(v, s)
-    u = u >> R_BITS
-    is_full = ~(largest(u.double() * s) < STATE_LIMIT)
-    u.mul_(s.long()).add_(v.long())
+    v = torch.add(centre(s), rows, alpha=R).add_(u & (R - 1))
+    scaled = (v / s).floor_() if v.is_floating_point() else v.div(s, rounding_mode="floor")
+    rest = v.addcmul_(scaled, s, value=-1).long()
+    u >>= R_BITS
+    is_full = ~(largest(largest_of_rows(u) * s.double()) < STATE_LIMIT)
+    u.mul_(s.long()).add_(rest)
     by_channel.copy_(u.flip(0).view(by_channel.shape))
     return scaled, is_full
 
@@ -180,15 +184,20 @@ def undo_lifting_and_scale(rows: Tensor, upper: Tensor, s: Tensor, state: Tensor
     """Returns whether the state is full, and writes the rows and the state."""
     by_channel = state.movedim(1, 0)
     u, whole_s = by_channel.flatten(1).flip(0), s.long()
-    popped = torch.div(u, whole_s, rounding_mode="floor")
-    v = torch.addcmul(u, popped, whole_s, value=-1).to(rows.dtype).sub_(centre(s))
+    popped = u.div(whole_s, rounding_mode="floor")
+    v = u.addcmul_(popped, whole_s, value=-1).to(rows.dtype).sub_(centre(s))
 
     for i in undo_lifting(rows, upper, descending=True):
         unscale(rows[i], s[i], v[i])
 
+    is_full = ~(largest(largest_of_rows(popped)) < STATE_LIMIT // R)
     low = v.sub_(rows, alpha=R).long()
-    by_channel.copy_((popped << R_BITS).add_(low).view(by_channel.shape))
-    return ~(largest(popped) < STATE_LIMIT // R)
+    by_channel.copy_(low.add_(popped, alpha=R).view(by_channel.shape))
+    return is_full
+
+
+def largest_of_rows(u: Tensor) -> Tensor:
+    return u.amax(1, keepdim=True) if u.shape[1] else u.new_zeros(len(u), 1)
 
 
 def unscale(row: Tensor, s: Tensor, v: Tensor) -> None:
