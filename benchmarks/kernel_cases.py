@@ -15,7 +15,7 @@ from revlib import functional
 
 CHANNELS = 16
 # Where the ops that have one take their state.
-STATES = {"exact_channel_map": 7}
+STATES = {"exact_affine_coupling": 2, "exact_actnorm": 3, "exact_channel_map": 7}
 
 Tensors = tuple[Tensor, ...]
 Call = Callable[..., Tensors]
@@ -91,7 +91,7 @@ class Case:
         """
         read, written = bytes_of(inputs), bytes_of(outputs)
         if self.state:
-            return read + written + bytes_of((inputs[self.state],))
+            return self.minimum_bytes_with_state(inputs, outputs)
         if self.options.get("mask") == "channel":
             read -= bytes_of(inputs[1:2]) // 2  # what the conditioner says of kept channels
         if not self.with_gradients:
@@ -100,6 +100,15 @@ class Case:
         if self.op == "affine_coupling":
             again -= bytes_of(inputs[1:2]) // 2  # no gradient depends on the shift
         return 2 * read + 2 * written + again
+
+    def minimum_bytes_with_state(self, inputs: Tensors, outputs: Tensors) -> int:
+        """The state is written, too. The gradients need none of it, and of h the log-scales."""
+        forward = bytes_of((*inputs, *outputs, inputs[self.state]))
+        if not self.with_gradients:
+            return forward
+        x, h = inputs[: self.state]
+        output_gradients = outputs[:-1]  # the flag has none
+        return forward + bytes_of((x, h, x, *output_gradients)) + bytes_of((h,)) // 2
 
 
 # batch, side of an image, dtype, torch.randn on the device
@@ -120,6 +129,16 @@ def draw_exact_additive(batch, side, dtype, normal):
     """The stream is float32 in any case: the grid needs it."""
     stream = (batch, CHANNELS, side, side)
     return normal(stream), normal(stream, dtype=dtype)
+
+
+def draw_exact_coupling(batch, side, dtype, normal, *, gradients=False):
+    """The stream and its gradient are float32 in any case, and the stream is on the grid.
+
+    Raw log-scales are whole and small: the S of these is the same however exp is rounded.
+    """
+    x, h, *more = draw_coupling(batch, side, dtype, normal, gradients=gradients)
+    h = h.round().clamp(-3, 3)
+    return on_grid(x), h, new_state(x), *(gradient.float() for gradient in more)
 
 
 def draw_exact_channel_map(batch, side, dtype, normal, *, channels=CHANNELS, stream=torch.float32):
@@ -146,6 +165,24 @@ def draw_actnorm_backward(batch, side, dtype, normal):
     return y, log_scale, bias, normal(y.shape, dtype=dtype), normal(batch)
 
 
+def draw_exact_actnorm(batch, side, dtype, normal):
+    x, log_scale, bias = draw_actnorm(batch, side, dtype, normal)
+    return on_grid(x), log_scale, bias, new_state(x)
+
+
+def draw_exact_actnorm_backward(batch, side, dtype, normal):
+    y, log_scale, bias, state = draw_exact_actnorm(batch, side, dtype, normal)
+    return y, log_scale, bias, state, normal(y.shape), normal(batch)
+
+
+def on_grid(x: Tensor) -> Tensor:
+    return (x.float() * 2**12).round() / 2**12
+
+
+def new_state(x: Tensor) -> Tensor:
+    return torch.full_like(x, 2**15, dtype=torch.int64)
+
+
 def channels_last(tensors: Tensors) -> Tensors:
     return tuple(
         tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
@@ -160,6 +197,7 @@ def half_of_a_stream(tensors: Tensors) -> Tensors:
 
 
 coupling_gradients = partial(draw_coupling, gradients=True)
+exact_coupling_gradients = partial(draw_exact_coupling, gradients=True)
 
 
 def spline(bins: int, **more: Any) -> Draw:
@@ -183,6 +221,11 @@ CASES = (
     Case("masked_affine_coupling_backward", coupling_gradients, {"mask": "channel"}),
     Case("exact_additive_coupling", draw_exact_additive),
     Case("exact_additive_coupling", draw_exact_additive, {"inplace": True}, half_of_a_stream),
+    Case("exact_affine_coupling", draw_exact_coupling),
+    Case("exact_affine_coupling", draw_exact_coupling, layout=channels_last),
+    Case("exact_affine_coupling", draw_exact_coupling, with_gradients=True),
+    Case("exact_affine_coupling_inverse", draw_exact_coupling),
+    Case("exact_affine_coupling_backward", exact_coupling_gradients),
     Case("exact_channel_map", draw_exact_channel_map),
     Case("exact_channel_map", draw_exact_channel_map, layout=channels_last),
     Case("exact_channel_map_inverse", draw_exact_channel_map),
@@ -200,6 +243,10 @@ CASES = (
     Case("actnorm", draw_actnorm, with_gradients=True),
     Case("actnorm_backward", draw_actnorm_backward),
     Case("actnorm_backward", draw_actnorm_backward, layout=channels_last),
+    Case("exact_actnorm", draw_exact_actnorm),
+    Case("exact_actnorm_inverse", draw_exact_actnorm),
+    Case("exact_actnorm_backward", draw_exact_actnorm_backward),
+    Case("exact_actnorm_backward", draw_exact_actnorm_backward, layout=channels_last),
     Case("squeeze", draw_stream, has_kernel=False),
     Case("unsqueeze", draw_stream, has_kernel=False),
 )

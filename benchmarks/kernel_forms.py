@@ -21,7 +21,9 @@ class Forms:
         self.output_gradients: Tensors = ()
         if case.with_gradients:
             with revlib.use_kernels(False):
-                self.output_gradients = tuple(map(torch.randn_like, self.op(*inputs)))
+                outputs = filter(torch.is_floating_point, self.op(*inputs))
+                self.output_gradients = tuple(map(torch.randn_like, outputs))
+            self.prepare()
         self.kernel = with_kernels(True, self.call(self.op, inputs))
         self.eager = with_kernels(False, self.call(self.op, inputs))
 
@@ -38,15 +40,17 @@ class Forms:
     def call(self, op: Call, inputs: Tensors) -> Callable[[], Tensors]:
         if not self.case.with_gradients:
             return lambda: op(*inputs)
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        tensors = [tensor.detach() for tensor in inputs]
+        leaves = [tensor.requires_grad_() for tensor in tensors if tensor.is_floating_point()]
         gradients = [
             gradient.to(torch.promote_types(gradient.dtype, inputs[0].dtype))
             for gradient in self.output_gradients
         ]
 
         def forward_and_backward() -> Tensors:
-            outputs = op(*leaves)
-            return *outputs, *torch.autograd.grad(outputs, leaves, gradients)
+            outputs = op(*tensors)
+            differentiable = [output for output in outputs if output.requires_grad]
+            return *outputs, *torch.autograd.grad(differentiable, leaves, gradients)
 
         return forward_and_backward
 

@@ -184,7 +184,8 @@ def train_twins(settings: Settings, seeds: Iterable[int], progress: bars.Progres
     for contender, seed in plan:
         out = settings.out / f"{contender.name}-seed{seed}"
         result = train(
-            replace(settings, model=contender.name, seed=seed, out=out),
+            # None leaves each model what it has by default: a ResNet has no policy.
+            replace(settings, model=contender.name, policy=None, seed=seed, out=out),
             resume=os.path.lexists(out / "latest"),
             on_progress=show,
         )

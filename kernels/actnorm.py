@@ -77,7 +77,7 @@ class ChannelWalk:
     PLACES]: a piece of one channel, or of as many as lie side by side in channels_last.
     """
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(self, *tensors: Tensor, tile_size: int = TILE_SIZE) -> None:
         n_batch, n_channels, *space = tensors[0].shape
         n_space = math.prod(space)
         n_places = n_batch * n_space
@@ -85,7 +85,7 @@ class ChannelWalk:
         channel_stride, _, place_stride = strides[0]
         channels = INNERMOST_CHANNELS if channel_stride < place_stride else 1
         channels = min(channels, triton.next_power_of_2(max(n_channels, 1)))
-        places = min(TILE_SIZE // channels, triton.next_power_of_2(max(n_places, 1)))
+        places = min(tile_size // channels, triton.next_power_of_2(max(n_places, 1)))
         n_tiles = triton.cdiv(n_places, places)
 
         self.sizes = (n_channels, n_places, n_space, n_tiles)
@@ -93,7 +93,7 @@ class ChannelWalk:
         self.constants: dict[str, Any] = {
             "FLAT": n_batch == 1 or all(batch == n_space * place for _, batch, place in strides),
             # A tile may end past the last place, and must not wrap around there.
-            "INDEX": tl.int32 if n_places <= 2**31 - TILE_SIZE else tl.int64,
+            "INDEX": tl.int32 if n_places <= 2**31 - tile_size else tl.int64,
             "CHANNELS": channels,
             "PLACES": places,
             # Triton warns where its default is taken.

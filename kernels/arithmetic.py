@@ -111,3 +111,13 @@ def round_half_even(x):
     rounded = (size + integers) - integers
     rounded = tl.where(size < integers, rounded, size)
     return tl.where(x < 0, -rounded, rounded)
+
+
+@triton.jit
+def floor_divide(number, divisor):
+    """Quotient and remainder of integers; the remainder is never below 0, nor is the divisor."""
+    # Triton rounds towards 0, as the hardware does.
+    quotient = number // divisor
+    rest = number - quotient * divisor
+    below = rest < 0
+    return tl.where(below, quotient - 1, quotient), tl.where(below, rest + divisor, rest)

@@ -19,9 +19,22 @@ from torch.nn.utils import parametrize
 
 from revlib.evaluate import Evaluate, Record, Replay
 from revlib.exact import Exact, recording, replaying
+from revlib.finite import check_finite
+from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
 from revlib.replay import Autocast, autocast_is_on, parts_of
-from revlib.streams import Form, Stream, Streams, convert, enter, form_within, leave, settle
+from revlib.streams import (
+    Form,
+    Stream,
+    Streams,
+    convert,
+    enter,
+    form_within,
+    in_format,
+    leave,
+    memory_format,
+    settle,
+)
 
 Policy = Literal["rebuild", "store", "recompute"]
 
@@ -36,6 +49,7 @@ class Leg:
     block: nn.Module
     label: str
     policy: Policy
+    is_anchor: bool
     parameters: Streams
     whole: bool
     is_exact: bool
@@ -48,8 +62,19 @@ class Leg:
         return self.run(self.block, streams, evaluate)
 
 
-def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = False) -> Leg:
-    """Returns the leg for a block, which is called whole unless its methods on streams serve."""
+def make_leg(
+    block: nn.Module, name: str, policy: Policy, *, is_anchor: bool, inverse: bool = False
+) -> Leg:
+    """Returns the leg for a block, which is called whole unless its methods on streams serve.
+
+    Args:
+        block: The block.
+        name: Its name in the chain.
+        policy: The policy to run it under.
+        is_anchor: Whether its own policy is "recompute", so that a state of exact arithmetic
+            begins anew: under any other policy, and without gradients, the function is the same.
+        inverse: Whether to run it the other way round.
+    """
     held = [p for part in parts_of(block) for p in part._parameters.values()]
     parameters = tuple(p for p in dict.fromkeys(held) if p is not None)
     if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
@@ -60,6 +85,7 @@ def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = Fal
         block,
         f"block {name} ({type(block).__name__})",
         policy,
+        is_anchor,
         parameters,
         whole,
         not whole and block.can_be_exact,
@@ -91,6 +117,7 @@ def run_chain(
     latents: Sequence[Tensor] = (),
     *,
     exact: bool = False,
+    guard: Guard | None = None,
 ) -> Outcome:
     """Runs the legs one after the other.
 
@@ -100,6 +127,7 @@ def run_chain(
         context: The conditioning input that every sub-network receives, or None.
         latents: What the legs take beside the stream, the last of it first.
         exact: Whether to compute with exact arithmetic.
+        guard: What compares rebuilt streams with what they were.
     """
     streams, entry = enter(x)
     if context is not None and not isinstance(context, Tensor):
@@ -114,13 +142,21 @@ def run_chain(
         or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
     )
-    run = _run_storing if keeps_all else _run_rebuilding
+    latents = list(latents)
     if not exact:
-        return run(legs, streams, entry, context, list(latents), None)
+        if keeps_all:
+            return _run_storing(legs, streams, entry, context, latents, None)
+        return _run_rebuilding(legs, streams, entry, context, latents, Tape(None, guard))
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("torch.func transforms take no exact chain; use exact=False")
     arithmetic = Exact.of(streams)
     streams = arithmetic.enter(streams, "the input of the chain")
-    latents = arithmetic.enter(latents, "the latents of the chain")
-    outcome = run(legs, streams, entry, context, list(latents), arithmetic)
+    latents = list(arithmetic.enter(latents, "the latents of the chain"))
+    if keeps_all:
+        outcome = _run_storing(legs, streams, entry, context, latents, arithmetic)
+    else:
+        tape = Tape(arithmetic, guard)
+        outcome = _run_rebuilding(legs, streams, entry, context, latents, tape)
     streams, _ = enter(outcome.stream)
     left = [latent for extra in outcome.extras for latent in extra[1:]]
     leaving = iter(arithmetic.leave((*streams, *left)))
@@ -152,7 +188,7 @@ def _run_rebuilding(
     entry: Form,
     context: Tensor | None,
     latents: list[Tensor],
-    exact: Exact | None,
+    tape: "Tape",
 ) -> Outcome:
     if parametrize._cache_enabled:
         raise NotImplementedError(
@@ -164,7 +200,6 @@ def _run_rebuilding(
             "torch.func transforms differentiate a ReversibleSequential under policy='store' only"
         )
     form, extras = entry, []
-    tape = Tape(exact)
     previous = None
     for leg, following in zip(legs, [*legs[1:], None], strict=True):
         taken = take_latents(leg, latents)
@@ -172,7 +207,7 @@ def _run_rebuilding(
             t is not None and t.requires_grad for t in (*streams, *taken, context, *leg.parameters)
         )
         if leg.policy == "store" or not needs_grad:
-            streams, form, extra = _store(leg, streams, form, entry, context, taken, exact)
+            streams, form, extra = _store(leg, streams, form, entry, context, taken, tape.exact)
             extras.append(extra)
             previous = None
             continue
@@ -236,7 +271,10 @@ def _store(
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
-    streams, extra = _cut(leg((*streams, *latents), Evaluate(context, leg.label, exact)), inner)
+    with recording(exact, anew=leg.is_anchor):
+        outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
+    check_finite(leg.label, "what it returned", outputs)
+    streams, extra = _cut(outputs, inner)
     if exact is not None and not leg.is_exact:
         streams = exact.enter(streams, leg.label)
     return streams, inner, extra
@@ -277,13 +315,20 @@ class Tape:
 
     Attributes:
         exact: The chain's exact arithmetic, with the state at this point; None for that of floats.
+        guard: What compares the stream with what it was.
         streams: The stream.
         state_bytes: The bytes of replay state that all nodes keep.
+        error: What the guard has found so far in this backward pass.
+        context_gradient: The context's gradient so far in this backward pass. The node that begins
+            a stretch returns the whole of it, added up in the order in which autograd would have.
     """
 
     exact: Exact | None
+    guard: Guard | None
     streams: Streams | None = None
     state_bytes: int = 0
+    error: Tensor | None = None
+    context_gradient: Tensor | None = None
 
     def take(self) -> Streams:
         """Returns the stream and lets go of it, so that it can be freed as it is used up."""
@@ -327,8 +372,10 @@ class BlockFunction(torch.autograd.Function):
         arriving, others = _cut(tensors, node.form_in)
         latents, parameters = others[: leg.n_latents], others[leg.n_latents :]
         evaluate = Record(context, leg.label, exact)
-        with recording(exact, anew=leg.policy == "recompute") as use:
-            outputs = leg((*node.enter(arriving), *latents), evaluate)
+        entered = node.enter(arriving)
+        with recording(exact, anew=leg.is_anchor) as use:
+            outputs = leg((*entered, *latents), evaluate)
+        check_finite(leg.label, "what it returned", outputs)
         outputs, extra = _cut(outputs, node.form)
         if exact is not None and not leg.is_exact:
             outputs = exact.enter(outputs, leg.label)
@@ -341,14 +388,18 @@ class BlockFunction(torch.autograd.Function):
             kept, beside = arriving, latents
         elif node.keeps_output:
             kept = outputs
+        sample = ()
+        if tape.guard is not None and not ctx.recompute:
+            sample = tape.guard.sample(entered, starts=node.previous != "rebuild")
+        ctx.formats = tuple(map(memory_format, entered)) if sample else ()
         ctx.keeps_state = exact is not None and (use.restarted or node.keeps_output)
         state = None
         if ctx.keeps_state:
             state = use.prior if use.restarted else exact.lend()
         constants = [slot.tensor for e in evaluate.evaluations for slot in e.constants]
         constants = [c for c in constants if c is not None and not c.is_inference()]
-        ctx.save_for_backward(context, state, *kept, *beside, *parameters, *constants)
-        ctx.n_kept, ctx.n_beside = len(kept), len(beside)
+        ctx.save_for_backward(context, state, *kept, *beside, *sample, *parameters, *constants)
+        ctx.n_kept, ctx.n_beside, ctx.n_sample = len(kept), len(beside), len(sample)
         ctx.node, ctx.tape, ctx.parameters, ctx.use = node, tape, parameters, use
         ctx.evaluations = evaluate.evaluations
         ctx.autocast = Autocast.current(arriving[0].device)
@@ -364,11 +415,15 @@ class BlockFunction(torch.autograd.Function):
                 "(create_graph=True); give it policy='store'"
             )
         context, state, *saved = ctx.saved_tensors
-        kept = tuple(saved[: ctx.n_kept])
-        beside = tuple(saved[ctx.n_kept : ctx.n_kept + ctx.n_beside])
-        del saved
+        rest = iter(saved)
+        kept, beside, sample = (
+            tuple(islice(rest, n)) for n in (ctx.n_kept, ctx.n_beside, ctx.n_sample)
+        )
+        del saved, rest
         if ctx.keeps_state:
             tape.exact.state, tape.exact.borrowed = state, True
+        if node.keeps_output:
+            tape.error = tape.context_gradient = None
         evaluate = Replay(
             ctx.evaluations,
             ctx.parameters,
@@ -378,6 +433,7 @@ class BlockFunction(torch.autograd.Function):
             in_order=ctx.recompute,
             exact=tape.exact,
         )
+        evaluate.context_gradient = tape.context_gradient
 
         gradients, extra = _cut(gradients, node.form_out)
         gradients = (*convert(gradients, node.form_out, node.form), *extra)
@@ -394,14 +450,21 @@ class BlockFunction(torch.autograd.Function):
                     gradients,
                     evaluate,
                 )
+                rebuilt, _ = _cut(inputs, node.form)
+                check_finite(leg.label, "what was rebuilt of its input", rebuilt)
+                if sample:
+                    dense = tuple(map(in_format, rebuilt, ctx.formats))
+                    tape.error = tape.guard.compare(leg.label, sample, dense, tape.error)
                 if node.previous == "rebuild":
-                    streams, _ = _cut(inputs, node.form)
-                    tape.streams = convert(streams, node.form, node.form_in)
+                    tape.streams = convert(rebuilt, node.form, node.form_in)
         if tape.exact is not None and node.previous is None:
             tape.exact.state = None
+        check_finite(leg.label, "the gradient of its input", gradients)
         gradients, extra = _cut(gradients, node.form)
         gradients = convert(gradients, node.form, node.form_in)
-        return None, None, evaluate.context_gradient, *gradients, *extra, *evaluate.gradients
+        tape.context_gradient = evaluate.context_gradient if node.previous else None
+        dcontext = None if node.previous else evaluate.context_gradient
+        return None, None, dcontext, *gradients, *extra, *evaluate.gradients
 
 
 def _cut(tensors: Sequence[Any], form: Form) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

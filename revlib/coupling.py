@@ -121,7 +121,9 @@ class AdditiveCoupling(InvertibleModule):
     ) -> Stream:
         streams, entry = enter(x)
         form = form_within(self.form, entry)
-        outputs = run(settle(convert(streams, entry, form)), Evaluate(context))
+        outputs = run(
+            settle(convert(streams, entry, form)), Evaluate(context, type(self).__name__)
+        )
         return leave(convert(outputs, form, entry))
 
     def _update(self, name: str, half: Tensor, at: Tensor, evaluate: Evaluate) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import graph
 from revlib.exact import Exact
+from revlib.finite import check_finite
 from revlib.replay import (
     Autocast,
     Evaluation,
@@ -27,6 +28,9 @@ from revlib.replay import (
     writes_statistics_only,
 )
 from revlib.streams import Streams, fit
+
+# How the note begins that an error of a sub-network carries.
+RAISED = "raised in"
 
 
 class StandIn(nn.Module):
@@ -60,6 +64,13 @@ class Weights(StandIn):
         return self.block.weights()
 
 
+class Factors(StandIn):
+    """Stands for the factors of a block's matrix: calling it calls `block.factors`."""
+
+    def forward(self) -> Streams:
+        return self.block.factors()
+
+
 class Evaluate:
     """Evaluates sub-networks for a block: `evaluate(module, x)` is `module(x)`.
 
@@ -73,9 +84,7 @@ class Evaluate:
         exact: The exact arithmetic to compute with, or None for that of floats.
     """
 
-    def __init__(
-        self, context: Tensor | None = None, label: str = "block", exact: Exact | None = None
-    ) -> None:
+    def __init__(self, context: Tensor | None, label: str, exact: Exact | None = None) -> None:
         self.context = context
         self.label = label
         self.exact = exact
@@ -97,29 +106,47 @@ class Evaluate:
             x = tree_map(lambda stream: stream.to(self.exact.narrow), x)
         streams = (x,) if isinstance(x, Tensor) else x
         versions = [_version(stream) for stream in streams]
-        try:
-            value = self._call(module, (x,) if self.context is None else (x, self.context))
-        except TypeError as error:
-            if self.context is not None:
-                error.add_note(
-                    f"{self.label}: the context that the chain was given is the last argument of "
-                    f"every sub-network, here of {type(module).__name__}"
-                )
-            raise
+        value = self._call(module, (x,) if self.context is None else (x, self.context))
         if [_version(stream) for stream in streams] != versions:
             raise RuntimeError(
                 f"{self.label}: {type(module).__name__} changed its input in place, but that "
                 "input is a stream of the block and still needed; make the first operation of "
                 "the sub-network out of place (inplace=False)"
             )
+        check_finite(self.label, f"what {type(module).__name__} returned", value)
         return value
 
     def weights(self, block: nn.Module) -> Streams:
         """Returns `block.weights()`: what the block computes with beside its streams."""
         return self._call(Weights(block), ())
 
+    def factors(self, block: nn.Module) -> Streams:
+        """Returns `block.factors()`: what exact arithmetic makes of those weights."""
+        with torch.no_grad():
+            return self._call(Factors(block), ())
+
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        return module(*args)
+        try:
+            return module(*args)
+        except Exception as error:
+            if not torch.compiler.is_compiling():  # Dynamo, while it traces, knows no notes
+                self._say_where(error, module, args)
+            raise
+
+    def _say_where(self, error: Exception, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Notes in an error which block it comes from; one of a chain within adds to its note."""
+        notes = getattr(error, "__notes__", [])
+        for i, note in enumerate(notes):
+            if note.startswith(RAISED):
+                # It is there if a module raises the same object time after time.
+                if self.label not in note:
+                    notes[i] = f"{note}, within {self.label}"
+                return
+        given = [_described(arg) for arg in tree_leaves(args)]
+        if given and self.context is not None:
+            given[-1] += ", the context, which is the last argument of every sub-network"
+        on = " and ".join(given) or "its parameters"
+        error.add_note(f"{RAISED} {self.label}, evaluating {type(module).__name__} on {on}")
 
 
 class Record(Evaluate):
@@ -330,6 +357,12 @@ class Replay(Evaluate):
         elif leaf in self._places:
             place = self._places[leaf]
             self.gradients[place] = _sum(self.gradients[place], gradient)
+
+
+def _described(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
 def _device(parts: list[nn.Module], args: tuple[Any, ...]) -> torch.device:

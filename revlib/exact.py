@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from revlib import functional, reference
+from revlib.dispatch import gradient_is_recorded
 from revlib.streams import Streams
 
 # The grid is the multiples of 2**-bits. What the mantissa holds beside them is the range.
@@ -27,6 +28,8 @@ LIMITS = {torch.float32: 2.0**12, torch.float64: 2.0**14}
 # Where a state starts: in the middle of what a scaling draws from it, so that the first rounding
 # is up as often as down.
 FRESH_STATE = 2**15
+
+NEVER = 2**62
 
 
 @dataclass
@@ -43,7 +46,8 @@ class Exact:
         borrowed: Whether somebody else holds the state too, so that it must be copied before.
         used: The columns of the state that each scaling used.
         replayed: In backward the columns that the next scalings use, the last one first.
-        flags: Of each step so far whether a value was out of range, and which block made it.
+        labels: Which block each step so far was of.
+        first_overflow: Which step was the first to bring a value out of range, in a tensor.
     """
 
     dtype: torch.dtype
@@ -53,7 +57,8 @@ class Exact:
     borrowed: bool = False
     used: list[tuple[int, int]] = field(default_factory=list)
     replayed: list[tuple[int, int]] | None = None
-    flags: list[tuple[str, Tensor]] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    first_overflow: Tensor | None = None
     cursor: int = 0
 
     @classmethod
@@ -72,7 +77,7 @@ class Exact:
 
     def enter(self, streams: Streams, label: str) -> Streams:
         """Brings streams to the nearest points of the grid; gradients pass through."""
-        entered = tuple(SnapFunction.apply(x, self.dtype, self.bits) for x in streams)
+        entered = tuple(snap(x, self.dtype, self.bits) for x in streams)
         for x in entered:
             self.note(label, reference.is_out_of_range(x, LIMITS[self.dtype]))
         return entered
@@ -87,10 +92,62 @@ class Exact:
         self.note(label, overflow)
         return x
 
+    def affine_coupling(
+        self, x: Tensor, h: Tensor, label: str, *, inverse: bool, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        op = functional.exact_affine_coupling
+        if inverse:
+            op = functional.exact_affine_coupling_inverse
+        y, log_det, overflow = op(x, h, self.slot(x), bits=self.bits, **options)
+        self.note(label, overflow)
+        return y, log_det
+
+    def affine_coupling_backward(
+        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, *, inverse: bool, **options: Any
+    ) -> Streams:
+        op = functional.exact_affine_coupling_backward
+        if inverse:
+            op = functional.exact_affine_coupling_inverse_backward
+        return op(y, h, self.slot(y), dy, dlog_det, bits=self.bits, **options)
+
+    def actnorm(
+        self, x: Tensor, log_scale: Tensor, bias: Tensor, label: str, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        op = functional.exact_actnorm_inverse if inverse else functional.exact_actnorm
+        y, log_det, overflow = op(x, log_scale, bias, self.slot(x), bits=self.bits)
+        self.note(label, overflow)
+        return y, log_det
+
+    def actnorm_backward(
+        self,
+        y: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        dy: Tensor,
+        dlog_det: Tensor,
+        *,
+        inverse: bool,
+    ) -> Streams:
+        op = functional.exact_actnorm_backward
+        if inverse:
+            op = functional.exact_actnorm_inverse_backward
+        return op(y, log_scale, bias, self.slot(y), dy, dlog_det, bits=self.bits)
+
+    def channel_map(
+        self, x: Tensor, factors: Streams, label: str, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        op = functional.exact_channel_map_inverse if inverse else functional.exact_channel_map
+        y, log_det, overflow = op(x, *factors, self.slot(x), bits=self.bits)
+        self.note(label, overflow)
+        return y, log_det
+
     def slot(self, x: Tensor) -> Tensor:
         """Returns the part of the state that a scaling of `x` changes, shaped like `x`."""
-        start, n = self.replayed.pop() if self.replayed is not None else self._next_columns(x)
-        self.used.append((start, n))
+        if self.replayed is None:
+            start, n = self._next_columns(x)
+            self.used.append((start, n))
+        else:
+            start, n = self.replayed.pop()
         if self.state is None:
             self.state = self._fresh(x, max(self.width, start + n))
         elif start + n > self.state.shape[1]:
@@ -102,8 +159,14 @@ class Exact:
         return self.state[:, start : start + n].view(x.shape)
 
     def note(self, label: str, overflow: Tensor) -> None:
-        if self.replayed is None:
-            self.flags.append((label, overflow))
+        """Notes whether a step brought a value out of range; nothing waits for the device."""
+        if self.replayed is not None:
+            return
+        step = torch.where(overflow, len(self.labels), NEVER)
+        if self.first_overflow is not None:
+            step = torch.minimum(self.first_overflow, step)
+        self.first_overflow = step
+        self.labels.append(label)
 
     def lend(self) -> Tensor | None:
         """Returns the state for somebody to keep."""
@@ -114,27 +177,27 @@ class Exact:
         """Gives tensors back in the caller's dtype, once all values were in range.
 
         On a CPU that is known at once. On a GPU it would wait for it, and is asked at the start of
-        backward where there will be one.
+        backward where there will be one. A graph that is being traced cannot ask.
         """
-        waits = tensors[0].device.type != "cpu" and any(t.requires_grad for t in tensors)
-        if waits:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            pass
+        elif tensors[0].device.type != "cpu" and any(t.requires_grad for t in tensors):
             tensors = WatchFunction.apply(self, *tensors)
-        elif not torch.compiler.is_compiling():
+        else:
             self.raise_overflow()
         return tuple(tensors) if self.narrow is None else tuple(t.to(self.narrow) for t in tensors)
 
     def raise_overflow(self) -> None:
         """Raises if a value left the range in which the arithmetic is exact."""
-        flags = [flag for _, flag in self.flags]
-        if not flags or any(isinstance(flag, FakeTensor) for flag in flags):
+        if self.first_overflow is None or isinstance(self.first_overflow, FakeTensor):
             return
-        overflows = torch.stack(flags)
-        if not overflows.any():
+        step = self.first_overflow.item()
+        if step == NEVER:
             return
-        label, _ = self.flags[overflows.int().argmax().item()]
+        dtype = str(self.dtype).removeprefix("torch.")
         raise OverflowError(
-            f"{label}: an exact chain needs finite values below {LIMITS[self.dtype]:g} in its "
-            f"{str(self.dtype).removeprefix('torch.')} stream, and room in its state where it "
+            f"{self.labels[step]}: an exact chain needs finite values below "
+            f"{LIMITS[self.dtype]:g} in its {dtype} stream, and room in its state where it "
             "scales; bound what this block computes, give it policy='recompute' (it then starts "
             "with a fresh state), or build the chain with exact=False"
         )
@@ -202,13 +265,20 @@ def replaying(exact: Exact | None, use: Use, *, in_order: bool) -> Iterator[None
         exact.state, exact.borrowed = state, borrowed
 
 
+def snap(x: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
+    """Rounds to the grid, half to even; the gradient passes straight through."""
+    if gradient_is_recorded(x):
+        return SnapFunction.apply(x, dtype, bits)
+    return (x.to(dtype) * 2.0**bits).round_().mul_(2.0**-bits)
+
+
 class SnapFunction(torch.autograd.Function):
-    """Rounds to the grid, half to even, with the gradient of the identity (straight-through)."""
+    """Rounds, with the gradient of the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
         ctx.dtype = x.dtype
-        return (x.to(dtype) * 2.0**bits).round_().mul_(2.0**-bits)
+        return snap(x, dtype, bits)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:

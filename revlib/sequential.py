@@ -3,12 +3,15 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Self, get_args
 
 from torch import Tensor, nn
 
 from revlib.autograd import Leg, Outcome, Policy, is_altered, make_leg, run_chain
+from revlib.diagnosis import find_drift, find_nonfinite
+from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
 from revlib.streams import Stream
 
@@ -69,6 +72,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             raise TypeError(f"exact must be True or False; got {exact!r}")
         self.exact = exact
         self.policy = policy
+        self._guard = Guard()
         self.replay_state_bytes = 0
 
     @property
@@ -103,6 +107,41 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     @property
     def cheap_forward(self) -> bool:
         return all(getattr(block, "cheap_forward", False) for block in self)
+
+    @property
+    def rebuild_error(self) -> Tensor | None:
+        """How far the latest backward pass rebuilt the chain's input from what it was.
+
+        It is the largest error of up to 4096 values, at fixed places of each stretch of rebuilt
+        blocks, relative to the largest of them: a tensor on the stream's device, so that nothing
+        waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning` tells of it.
+        None before the first backward pass, and for an exact chain.
+        """
+        return self._guard.error
+
+    def find_drift(self, x: Stream, context: Tensor | None = None) -> str:
+        """Says which block's rebuilt input is first far from what it was, from the end on.
+
+        Runs a copy of the chain forward and back, keeping every activation to compare with.
+
+        Args:
+            x: What `forward` was called with.
+            context: The conditioning input, or None.
+        """
+        return find_drift(deepcopy(self)._legs(), x, context, exact=self.exact)
+
+    def find_nonfinite(
+        self, x: Stream, context: Tensor | None = None, *, inverse: bool = False
+    ) -> str:
+        """Says which block first makes something infinite or NaN, running them one by one.
+
+        Args:
+            x: What `forward` was called with, or `inverse`.
+            context: The conditioning input, or None.
+            inverse: Whether it was `inverse`.
+        """
+        legs = self._legs(inverse=inverse)[:: -1 if inverse else 1]
+        return find_nonfinite(legs, x, context)
 
     def policies(self) -> list[Policy]:
         """Returns the policy in force for each block."""
@@ -223,7 +262,10 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         latents: Sequence[Tensor] = (),
     ) -> Outcome:
         self._refuse_sharded_blocks()
-        outcome = run_chain(legs, x, context, latents, exact=self.exact)
+        self._guard.look()
+        self._guard.chain = f"{type(self).__name__} of {len(self)} blocks"
+        guard = None if self.exact else self._guard
+        outcome = run_chain(legs, x, context, latents, exact=self.exact, guard=guard)
         # An exported graph must not write attributes.
         if outcome.state_bytes != self.replay_state_bytes:
             self.replay_state_bytes = outcome.state_bytes
@@ -233,6 +275,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """Returns the chain's legs first to last, with those of chains among its blocks."""
         legs = []
         for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
+            is_anchor = policy == "recompute"
             runs_inline = self._runs_inline(block)
             cannot_rebuild = inverse and policy == "rebuild" and not block.cheap_forward
             if store or (cannot_rebuild and not runs_inline):
@@ -240,7 +283,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             if policy != "recompute" and runs_inline:
                 legs += block._legs(f"{prefix}{name}.", inverse=inverse, store=policy == "store")
                 continue
-            leg = make_leg(block, prefix + name, policy, inverse=inverse)
+            leg = make_leg(block, prefix + name, policy, is_anchor=is_anchor, inverse=inverse)
             if self.exact and leg.policy == "rebuild" and not leg.is_exact:
                 leg = replace(leg, policy="recompute")  # called whole, for it carries hooks
             legs.append(leg)

@@ -10,7 +10,9 @@ from torch import nn
 class Network(nn.Module):
     """A sub-network with everything that is hard to evaluate twice, counting its evaluations."""
 
-    def __init__(self, c_in, c_out, *, context=0, dims=1, plain=False, hidden=6):
+    def __init__(
+        self, c_in, c_out, *, context=0, dims=1, plain=False, hidden=6, told="hidden_features"
+    ):
         super().__init__()
         linear, norm = {
             1: (nn.Linear, nn.BatchNorm1d),
@@ -21,7 +23,7 @@ class Network(nn.Module):
         self.drop = nn.Identity() if plain else nn.Dropout(0.2)
         self.last = linear(hidden, c_out)
         self.context = nn.Linear(context, hidden) if context else None
-        self.hidden_features = hidden  # by which nflows divides parameters of splines
+        setattr(self, told, hidden)  # by whose root nflows divides parameters of splines
         self.evaluations = 0
 
     def forward(self, x, context=None):
@@ -59,6 +61,19 @@ def nflows_spline(**options):
     return nflows_coupling(
         "PiecewiseRationalQuadraticCouplingTransform",
         **{"num_bins": 4, "tails": "linear", "tail_bound": 2.0, **options},
+    )
+
+
+def nflows_softplus():
+    from nflows import transforms
+
+    class Softplus(transforms.AffineCouplingTransform):
+        def _scale_and_shift(self, transform_params):
+            shift, raw = transform_params.chunk(2, 1)
+            return nn.functional.softplus(raw) + 1e-3, shift
+
+    return Softplus(
+        torch.tensor([1, 0, 1, 1, 0]), lambda c_in, c_out: Network(c_in, c_out, context=3)
     )
 
 
@@ -104,13 +119,11 @@ def normflows_block_with_actnorm():
     return flows.AffineCouplingBlock(net)
 
 
-def normflows_masked(features=4, s=True, t=True):
-    mask = torch.tensor([1.0, 0.0, 0.0, 1.0])
+def normflows_masked(mask=(1.0, 0.0, 0.0, 1.0), s=True, t=True):
+    mask = torch.tensor(mask)
+    net = {"c_in": len(mask), "c_out": len(mask), "dims": mask.ndim}
     return normflows_flow(
-        "MaskedAffineFlow",
-        mask,
-        Network(features, features) if t else None,
-        Network(features, features) if s else None,
+        "MaskedAffineFlow", mask, Network(**net) if t else None, Network(**net) if s else None
     )
 
 
@@ -171,6 +184,8 @@ class Case(NamedTuple):
         shape: The shape of a batch of data.
         context: The shape of a batch of contexts.
         evaluations: How often each network is evaluated in a step.
+        formula: The coupling of ours by which the elements are changed, or None for the library's
+            own code.
     """
 
     library: str
@@ -178,50 +193,81 @@ class Case(NamedTuple):
     shape: tuple[int, ...] = (6, 5)
     context: tuple[int, ...] | None = None
     evaluations: int | None = None
+    formula: str | None = None
 
 
+def coupling(library, make, formula=None, shape=(6, 5), context=None):
+    """Returns the case of a coupling, whose networks are evaluated twice."""
+    return Case(library, make, shape, context, 2, formula)
+
+
+ADDITIVE, AFFINE, SPLINE = "AdditiveCoupling", "AffineCoupling", "SplineCoupling"
 IMAGE = (3, 4, 4, 6)
 CONTEXT = (6, 3)
 CASES = {
-    "nflows-affine": Case("nflows", nflows_coupling, context=CONTEXT, evaluations=2),
-    "nflows-affine-image": Case(
+    "nflows-affine": coupling("nflows", nflows_coupling, AFFINE, context=CONTEXT),
+    "nflows-affine-image": coupling(
         "nflows",
         lambda: nflows_coupling(mask=(0, 1, 1, 0), net={"context": 0, "dims": 3}),
+        AFFINE,
         IMAGE,
-        evaluations=2,
     ),
-    "nflows-additive": Case(
+    "nflows-affine-softplus": coupling("nflows", nflows_softplus, context=CONTEXT),
+    "nflows-additive": coupling(
         "nflows",
         lambda: nflows_coupling("AdditiveCouplingTransform"),
+        ADDITIVE,
         context=CONTEXT,
-        evaluations=2,
     ),
-    "nflows-spline": Case("nflows", nflows_spline, context=CONTEXT, evaluations=2),
-    "nflows-spline-image": Case(
+    "nflows-spline": coupling("nflows", nflows_spline, SPLINE, context=CONTEXT),
+    "nflows-spline-image": coupling(
         "nflows",
-        lambda: nflows_spline(mask=(0, 1, 1, 0), net={"context": 0, "dims": 3}),
+        lambda: nflows_spline(
+            mask=(0, 1, 1, 0), net={"context": 0, "dims": 3, "told": "hidden_channels"}
+        ),
+        SPLINE,
         IMAGE,
-        evaluations=2,
     ),
-    "nflows-spline-unconditional": Case(
+    "nflows-spline-limits": coupling(
+        "nflows",
+        lambda: nflows_spline(
+            min_bin_width=0.1, min_bin_height=0.05, min_derivative=0.2, net={"told": "width"}
+        ),
+        SPLINE,
+        context=CONTEXT,
+    ),
+    "nflows-spline-of-many-bins": coupling(
+        "nflows", lambda: nflows_spline(num_bins=33), context=CONTEXT
+    ),
+    "nflows-spline-unconditional": coupling(
         "nflows",
         lambda: nflows_spline(apply_unconditional_transform=True),
+        SPLINE,
         context=CONTEXT,
-        evaluations=2,
     ),
-    "nflows-cubic-spline": Case(
+    "nflows-spline-unconditional-image": coupling(
+        "nflows",
+        lambda: nflows_spline(
+            mask=(0, 1, 1, 0),
+            net={"context": 0, "dims": 3},
+            apply_unconditional_transform=True,
+            img_shape=[4, 6],
+        ),
+        SPLINE,
+        IMAGE,
+    ),
+    "nflows-cubic-spline": coupling(
         "nflows",
         lambda: nflows_coupling("PiecewiseCubicCouplingTransform", tails="linear"),
         context=CONTEXT,
-        evaluations=2,
     ),
-    "nflows-inverse-of-unconditional": Case(
+    "nflows-inverse-of-unconditional": coupling(
         "nflows",
         lambda: nflows_transform(
             "InverseTransform", nflows_spline(apply_unconditional_transform=True)
         ),
+        SPLINE,
         context=CONTEXT,
-        evaluations=2,
     ),
     "nflows-composite": Case("nflows", nflows_composite, context=CONTEXT),
     "nflows-lu": Case("nflows", lambda: nflows_transform("LULinear", 5, identity_init=False)),
@@ -235,11 +281,11 @@ CASES = {
         context=CONTEXT,
     ),
     **{
-        f"normflows-{mode}-{scale_map}": Case(
+        f"normflows-{mode}-{scale_map}": coupling(
             "normflows",
             lambda mode=mode, scale_map=scale_map: normflows_block(mode, scale_map),
+            AFFINE,
             IMAGE,
-            evaluations=2,
         )
         for mode, scale_map in (
             ("channel", "exp"),
@@ -248,14 +294,37 @@ CASES = {
             ("checkerboard_inv", "exp"),
         )
     },
-    "normflows-additive": Case(
+    **{
+        f"normflows-odd-{mode}": coupling(
+            "normflows",
+            lambda mode=mode: normflows_block(mode, dims=1, channels=5),
+            AFFINE,
+        )
+        for mode in ("channel", "channel_inv")
+    },
+    "normflows-checkerboard-vector": coupling(
+        "normflows",
+        lambda: normflows_flow("AffineCouplingBlock", Network(2, 4), split_mode="checkerboard"),
+        AFFINE,
+        (6, 4),
+    ),
+    "normflows-additive": coupling(
         "normflows",
         lambda: normflows_block("channel", scale=False, dims=1, channels=5),
-        evaluations=2,
+        ADDITIVE,
     ),
-    "normflows-masked": Case("normflows", normflows_masked, (6, 4), evaluations=2),
-    "normflows-masked-scale": Case(
-        "normflows", lambda: normflows_masked(t=False), (6, 4), evaluations=2
+    "normflows-masked": coupling("normflows", normflows_masked, AFFINE, (6, 4)),
+    "normflows-masked-scale": coupling(
+        "normflows", lambda: normflows_masked(t=False), AFFINE, (6, 4)
+    ),
+    "normflows-masked-shift": coupling(
+        "normflows", lambda: normflows_masked(s=False), AFFINE, (6, 4)
+    ),
+    "normflows-masked-image": coupling(
+        "normflows",
+        lambda: normflows_masked([[[0.0, 1.0] * 3] * 4] * 4),
+        AFFINE,
+        IMAGE,
     ),
     "normflows-glow": Case("normflows", lambda: normflows_flow("GlowBlock", 4, 5), IMAGE),
     "normflows-glow-actnorm": Case(
@@ -282,35 +351,62 @@ CASES = {
         context=CONTEXT,
     ),
     **{
-        f"freia-{name}": Case(
+        f"freia-{name}": coupling(
             "FrEIA",
             lambda name=name: freia_module(name, (5,), (3,)),
+            formula,
             context=CONTEXT,
-            evaluations=2,
         )
-        for name in (
-            "NICECouplingBlock",
-            "RNVPCouplingBlock",
-            "GLOWCouplingBlock",
-            "GINCouplingBlock",
-            "AffineCouplingOneSided",
-            "ConditionalAffineTransform",
-            "AllInOneBlock",
-        )
+        for name, formula in {
+            "NICECouplingBlock": ADDITIVE,
+            "RNVPCouplingBlock": AFFINE,
+            "GLOWCouplingBlock": AFFINE,
+            "GINCouplingBlock": None,
+            "AffineCouplingOneSided": AFFINE,
+            "ConditionalAffineTransform": AFFINE,
+            "AllInOneBlock": AFFINE,
+        }.items()
     },
-    "freia-glow-image": Case(
-        "FrEIA", lambda: freia_module("GLOWCouplingBlock", IMAGE[1:]), IMAGE, evaluations=2
-    ),
-    "freia-all-in-one-image": Case(
+    **{
+        f"freia-{name}-{clamping}": coupling(
+            "FrEIA",
+            lambda name=name, clamping=clamping: freia_module(
+                name, (5,), clamp=1.3, clamp_activation=clamping
+            ),
+            AFFINE,
+        )
+        for name in ("RNVPCouplingBlock", "GLOWCouplingBlock")
+        for clamping in ("ATAN", "TANH", "SIGMOID")
+    },
+    "freia-glow-of-own-clamping": coupling(
         "FrEIA",
         lambda: freia_module(
-            "AllInOneBlock", IMAGE[1:], reverse_permutation=True, permute_soft=True
+            "GLOWCouplingBlock", (5,), clamp_activation=lambda raw: 0.636 * torch.atan(raw)
         ),
-        IMAGE,
-        evaluations=2,
     ),
-    "freia-all-in-one-gin": Case(
-        "FrEIA", lambda: freia_module("AllInOneBlock", (5,), gin_block=True), evaluations=2
+    "freia-glow-without-clamping": coupling(
+        "FrEIA", lambda: freia_module("GLOWCouplingBlock", (5,), clamp=0.0)
+    ),
+    "freia-glow-image": coupling(
+        "FrEIA",
+        lambda: freia_module("GLOWCouplingBlock", IMAGE[1:], split_len=1),
+        AFFINE,
+        IMAGE,
+    ),
+    "freia-all-in-one-image": coupling(
+        "FrEIA",
+        lambda: freia_module(
+            "AllInOneBlock",
+            IMAGE[1:],
+            reverse_permutation=True,
+            permute_soft=True,
+            affine_clamping=1.3,
+        ),
+        AFFINE,
+        IMAGE,
+    ),
+    "freia-all-in-one-gin": coupling(
+        "FrEIA", lambda: freia_module("AllInOneBlock", (5,), gin_block=True)
     ),
     "freia-all-in-one-householder": Case(
         "FrEIA",

@@ -1,6 +1,7 @@
 """Adapted modules compute what the user's own modules do, in memory that is flat in depth."""
 
 import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -11,16 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import CASES, Network, freia_module, nflows_coupling, nflows_spline, vary
+from adapter_cases import (
+    CASES,
+    IMAGE,
+    Network,
+    freia_module,
+    nflows_coupling,
+    nflows_spline,
+    vary,
+)
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from revlib.flows import FlowSequential, Split
+from revlib import use_kernels
+from revlib.flows import AdditiveCoupling, AffineCoupling, FlowSequential, SplineCoupling, Split
 from revlib.flows.adapters import from_freia, from_nflows, from_normflows
+from revlib.functional import _coupling
 from revlib.memory import measure_step
 
-# The libraries call functions of PyTorch that are deprecated.
+# The libraries call functions of PyTorch that are deprecated, and warn of networks of ours.
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Inputs to the softmax are not scaled down"),
     pytest.mark.filterwarnings("ignore:torch.lu is deprecated"),
     pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated"),
 ]
@@ -179,6 +191,61 @@ def test_each_network_is_evaluated_so_often(name, inverse):
     assert [network.evaluations for network in networks] == [case.evaluations] * len(networks)
 
 
+@both_directions
+@cases(lambda case: case.evaluations)
+def test_couplings_of_which_we_have_the_formula_are_run_by_it(name, inverse, monkeypatch):
+    case, module = make(name)
+    chain = ADAPTERS[case.library](module)
+    ran = set()
+
+    def spy(kind, method):
+        run = getattr(kind, method)
+
+        def spied(*args, **options):
+            ran.add((kind.__name__, method))
+            return run(*args, **options)
+
+        monkeypatch.setattr(kind, method, spied)
+
+    for kind in (AdditiveCoupling, AffineCoupling, SplineCoupling):
+        spy(kind, "couple")
+        spy(kind, "couple_backward")
+    x, context = draw(case)
+
+    step(chain.inverse if inverse else chain, x, context, module)
+
+    methods = ("couple", "couple_backward") if case.formula else ()
+    assert ran == {(case.formula, method) for method in methods}
+
+
+@both_directions
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("nflows-affine", ["affine_coupling"]),
+        ("nflows-spline", ["spline_coupling"]),
+        ("nflows-spline-unconditional", ["spline_coupling", "spline_coupling"]),
+        ("normflows-channel-exp", ["affine_coupling"]),
+        ("freia-GLOWCouplingBlock", ["affine_coupling", "affine_coupling"]),
+    ],
+)
+def test_with_kernels_every_op_runs_once_each_way(name, ops, inverse, monkeypatch):
+    pytest.importorskip("triton")
+    case, module = make(name)
+    reference = copy.deepcopy(module)
+    chain = ADAPTERS[case.library](module)
+    ran, kernels = [], _coupling.kernels
+    monkeypatch.setattr(_coupling, "kernels", lambda op: (ran.append(op), kernels(op))[1])
+    x, context = draw(case)
+
+    want = step(partial(own, case, reference, inverse=inverse), x, context, reference)
+    with use_kernels(True):
+        got = step(chain.inverse if inverse else chain, x, context, module)
+
+    assert ran == 2 * ops
+    assert_equal(got, want)
+
+
 plain_kinds = pytest.mark.parametrize(
     "kind", ["nflows-affine", "nflows-spline", "normflows", "GLOWCouplingBlock", "AllInOneBlock"]
 )
@@ -290,6 +357,19 @@ def test_a_copy_of_a_chain_has_modules_of_its_own(name):
 
     assert not torch.equal(chain(x, context)[0], want)
     assert torch.equal(twin(x, context)[0], want)
+
+
+@pytest.mark.parametrize(
+    "name", ["nflows-spline-unconditional", "normflows-checkerboard_inv-exp", "normflows-masked"]
+)
+def test_a_chain_can_be_pickled(name):
+    case, module = make(name)
+    chain = ADAPTERS[case.library](module).eval()
+    x, context = draw(case)
+
+    twin = pickle.loads(pickle.dumps(chain))
+
+    assert torch.equal(twin(x, context)[0], chain(x, context)[0])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "actnorm" in name])
@@ -480,6 +560,80 @@ def test_a_module_with_hooks_is_called_whole():
     chain(torch.randn(6, 5), torch.randn(6, 3))
 
     assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        ("nflows-spline", "transform_net"),
+        ("normflows-channel-exp", "flows.1.param_map"),
+        ("normflows-masked", "s"),
+        ("freia-RNVPCouplingBlock", "subnet_t1"),
+    ],
+)
+def test_hooks_on_sub_networks_fire(name, network):
+    case, module = make(name)
+    chain = ADAPTERS[case.library](module)
+    seen = []
+    module.get_submodule(network).register_forward_hook(lambda *_: seen.append(1))
+    x, context = draw(case)
+
+    chain(x, context)[0].sum().backward()
+
+    assert seen == [1, 1]
+
+
+def test_an_affine_coupling_of_normflows_with_hooks_inside_a_block_is_called_by_the_block():
+    _, block = make("normflows-channel-exp")
+    seen = []
+    block.flows[1].register_forward_hook(lambda *_: seen.append(1))
+    chain = from_normflows(block)
+
+    chain.inverse(torch.randn(IMAGE, dtype=torch.double))
+
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("nflows-affine", "_scale_and_shift"),
+        ("nflows-spline", "_piecewise_cdf"),
+        ("freia-GLOWCouplingBlock", "_coupling1"),
+        ("freia-AllInOneBlock", "_affine"),
+    ],
+)
+def test_a_method_that_an_object_replaces_is_run(name, method):
+    case, module = make(name)
+    ran, run = [], getattr(module, method)
+    setattr(module, method, lambda *args, **options: (ran.append(1), run(*args, **options))[1])
+    x, context = draw(case)
+
+    ADAPTERS[case.library](module)(x, context)
+
+    assert ran
+
+
+def test_a_stream_with_more_features_than_a_coupling_of_nflows_has_is_refused():
+    pytest.importorskip("nflows")
+    chain = from_nflows(nflows_coupling())
+
+    with pytest.raises(ValueError, match=r"must be \[batch, 5, \.\.\.\]; got \[6, 6\]"):
+        chain(torch.randn(6, 6), torch.randn(6, 3))
+
+
+def test_a_scale_that_users_chose_in_a_later_version_of_nflows_is_used(monkeypatch):
+    transforms = pytest.importorskip("nflows.transforms")
+    monkeypatch.setattr(
+        transforms.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION", torch.sigmoid, False
+    )
+    layers = []
+    for activation in (torch.sigmoid, torch.exp):
+        coupling = nflows_coupling()
+        coupling.scale_activation = activation
+        layers += from_nflows(coupling)
+
+    assert [type(layer).__name__ for layer in layers] == ["FusedCoupling", "LibraryCoupling"]
 
 
 @pytest.mark.slow

@@ -186,8 +186,8 @@ def test_log_dets_that_do_not_cancel_are_named():
 
 def test_log_det_summed_over_the_batch_is_found():
     class Summed(flows.AffineCoupling):
-        def couple(self, x: Tensor, h: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-            y, log_det = super().couple(x, h, inverse=inverse)
+        def couple(self, x, h, evaluate, *, inverse):
+            y, log_det = super().couple(x, h, evaluate, inverse=inverse)
             return y, log_det.sum().expand(len(x))
 
     with pytest.raises(AssertionError, match=r"Summed.forward: log_det is not that of the"):

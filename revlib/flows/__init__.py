@@ -1,5 +1,6 @@
 """Normalizing flows whose activation memory does not grow with depth."""
 
+from revlib.finite import NonFiniteError
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.adapters import from_freia, from_nflows, from_normflows
 from revlib.flows.base import StandardNormal
@@ -13,7 +14,6 @@ from revlib.flows.couplings import (
     SplineCoupling,
 )
 from revlib.flows.distribution import FlowDistribution
-from revlib.flows.finite import NonFiniteError
 from revlib.flows.flow import Flow
 from revlib.flows.inverse import Inverse
 from revlib.flows.layer import FlowLayer

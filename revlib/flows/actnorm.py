@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 
 from revlib import functional
 from revlib.evaluate import Evaluate, Replay
+from revlib.finite import NonFiniteError, is_finite
 from revlib.flows.checks import check_channel_count, check_channels
-from revlib.flows.finite import NonFiniteError, is_finite
 from revlib.flows.layer import FlowLayer
 from revlib.replay import in_backward
 from revlib.streams import Streams
@@ -48,6 +48,8 @@ class ActNorm(FlowLayer):
         (True, [1.0, 1.0, 1.0, 1.0])
     """
 
+    can_be_exact = True
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         check_channel_count("ActNorm", channels)
@@ -68,19 +70,30 @@ class ActNorm(FlowLayer):
         (x,) = streams
         check_channels(evaluate.label, x, len(self.log_scale))
         self.initialize(x, evaluate)
-        return functional.actnorm(x, *evaluate.weights(self))
+        weights = evaluate.weights(self)
+        if evaluate.exact is not None:
+            return evaluate.exact.actnorm(x, *weights, evaluate.label, inverse=False)
+        return functional.actnorm(x, *weights)
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
         check_channels(evaluate.label, y, len(self.log_scale))
-        return functional.actnorm_inverse(y, *evaluate.weights(self))
+        weights = evaluate.weights(self)
+        if evaluate.exact is not None:
+            return evaluate.exact.actnorm(y, *weights, evaluate.label, inverse=True)
+        return functional.actnorm_inverse(y, *weights)
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
         (y,), (dy, dlog_det) = outputs, gradients
         weights, pullback = evaluate.vjp_weights(self)
-        x, dx, *dweights = functional.actnorm_backward(y, *weights, dy, dlog_det)
+        if evaluate.exact is None:
+            x, dx, *dweights = functional.actnorm_backward(y, *weights, dy, dlog_det)
+        else:
+            x, dx, *dweights = evaluate.exact.actnorm_backward(
+                y, *weights, dy, dlog_det, inverse=False
+            )
         pullback(dweights)
         return (x,), (dx,)
 
@@ -89,7 +102,12 @@ class ActNorm(FlowLayer):
     ) -> tuple[Streams, Streams]:
         (x,), (dx, dlog_det) = outputs, gradients
         weights, pullback = evaluate.vjp_weights(self)
-        y, dy, *dweights = functional.actnorm_inverse_backward(x, *weights, dx, dlog_det)
+        if evaluate.exact is None:
+            y, dy, *dweights = functional.actnorm_inverse_backward(x, *weights, dx, dlog_det)
+        else:
+            y, dy, *dweights = evaluate.exact.actnorm_backward(
+                x, *weights, dx, dlog_det, inverse=True
+            )
         pullback(dweights)
         return (y,), (dy,)
 

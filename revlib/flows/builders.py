@@ -26,18 +26,21 @@ from revlib.flows.split import Split
 
 Shape = tuple[int, ...]
 SubnetConstructor = Callable[[int, int], nn.Module]
-MakeLayers = Callable[[int, int], Iterator[FlowLayer]]
+
+# The width of the default conditioners, if none is given.
+HIDDEN = {"nice": 1000, "realnvp": 64, "glow": 512, "spline_flow": 128}
 
 
 def nice(
     shape: Shape,
     *,
     layers: int = 4,
-    hidden: int = 1000,
-    depth: int = 5,
+    hidden: int | None = None,
+    depth: int | None = None,
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds NICE: additive couplings of the even and the odd elements, and a diagonal scaling.
@@ -45,14 +48,16 @@ def nice(
     Args:
         shape: The shape of one sample. Images are flattened.
         layers: The number of couplings.
-        hidden: The width of the conditioners.
-        depth: The number of hidden layers of a conditioner.
+        hidden: The width of the conditioners; 1000, if not given.
+        depth: The number of hidden layers of a conditioner; 5, if not given.
         dequantize: The number of levels of the data, such as 256 for bytes; see
             :class:`revlib.flows.Dequantize`. None for data that are real numbers.
         context: The number of features of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
-            an :class:`revlib.flows.MLP`.
+            an :class:`revlib.flows.MLP`. With one of your own, `hidden`, `depth` and `context`
+            would have no effect, and are refused.
 
     References:
         NICE (Dinh et al., 2015), https://arxiv.org/abs/1410.8516. Its prior is logistic; here it
@@ -64,8 +69,10 @@ def nice(
         torch.Size([5])
     """
     check_shape("nice", shape)
-    check_counts("nice", layers=layers, hidden=hidden, depth=depth)
-    check_constructor("nice", subnet_constructor)
+    check_constructor("nice", subnet_constructor, context, hidden=hidden, depth=depth)
+    check_counts("nice", layers=layers)
+    hidden = checked_count("nice", "hidden", hidden, HIDDEN["nice"])
+    depth = checked_count("nice", "depth", depth, 5)
     size = math.prod(shape)
     build = subnet_constructor or (
         lambda c_in, c_out: MLP(c_in, c_out, (hidden,) * depth, context_features=context)
@@ -79,19 +86,20 @@ def nice(
         kept, changed = halves(size, flip=i % 2 == 1)
         chain.append(AdditiveCoupling(build(kept, changed), flip=i % 2 == 1))
     chain.append(DiagonalScaling((size,)))
-    return make_flow(chain, [(size,)], shape, policy)
+    return make_flow(chain, [(size,)], shape, policy, exact)
 
 
 def realnvp(
     shape: Shape,
     *,
     levels: int | None = None,
-    layers: int = 8,
-    hidden: int = 64,
-    blocks: int = 8,
+    layers: int | None = None,
+    hidden: int | None = None,
+    blocks: int | None = None,
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds RealNVP: affine couplings, and for images the multi-scale architecture.
@@ -103,14 +111,16 @@ def realnvp(
     Args:
         shape: The shape of one sample, (channels, height, width) or (features,).
         levels: The number of scales; 2 for images, if not given. Vectors have 1.
-        layers: The number of couplings, for vectors.
-        hidden: The width of the conditioners.
-        blocks: The number of residual blocks of a conditioner, for images.
+        layers: The number of couplings, for vectors; 8, if not given.
+        hidden: The width of the conditioners; 64, if not given.
+        blocks: The number of residual blocks of a conditioner, for images; 8, if not given.
         dequantize: As for :func:`revlib.flows.nice`; a :class:`revlib.flows.Logit` follows.
         context: The number of features or channels of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
             a :class:`revlib.flows.ResidualConvNet`, for vectors an :class:`revlib.flows.MLP`.
+            With one of your own, `hidden`, `blocks` and `context` are refused.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803
@@ -122,9 +132,15 @@ def realnvp(
         [torch.Size([4, 6, 4, 4]), torch.Size([4, 6, 4, 4])]
     """
     check_shape("realnvp", shape)
-    levels = check_levels("realnvp", levels, 1 if len(shape) == 1 else 2, shape)
-    check_counts("realnvp", layers=layers, hidden=hidden, blocks=blocks)
-    check_constructor("realnvp", subnet_constructor)
+    if len(shape) == 1:
+        check_not_given("realnvp", "is for images", blocks=blocks)
+    else:
+        check_not_given("realnvp", "is for vectors; images have levels", layers=layers)
+    levels = checked_levels("realnvp", levels, 1 if len(shape) == 1 else 2, shape)
+    check_constructor("realnvp", subnet_constructor, context, hidden=hidden, blocks=blocks)
+    layers = checked_count("realnvp", "layers", layers, 8)
+    hidden = checked_count("realnvp", "hidden", hidden, HIDDEN["realnvp"])
+    blocks = checked_count("realnvp", "blocks", blocks, 8)
 
     def default(c_in: int, c_out: int) -> nn.Module:
         if len(shape) == 1:
@@ -145,7 +161,7 @@ def realnvp(
         chain += [Dequantize(dequantize), Logit()]
     if len(shape) == 1:
         chain += couplings(*shape, "channel", layers)
-        return make_flow(chain, [shape], shape, policy)
+        return make_flow(chain, [shape], shape, policy, exact)
 
     check_divisible("realnvp", shape, levels - 1)
     channels, height, width = shape
@@ -157,7 +173,7 @@ def realnvp(
         channels //= 2
         latents.append((channels, height, width))
     chain += couplings(channels, "checkerboard", 4)
-    return make_flow(chain, [*latents, (channels, height, width)], shape, policy)
+    return make_flow(chain, [*latents, (channels, height, width)], shape, policy, exact)
 
 
 def glow(
@@ -165,12 +181,13 @@ def glow(
     *,
     levels: int | None = None,
     steps: int = 32,
-    hidden: int = 512,
+    hidden: int | None = None,
     scale: str = "sigmoid",
     lu: bool = True,
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds Glow: steps of activation norm, invertible 1x1 convolution and affine coupling.
@@ -182,15 +199,17 @@ def glow(
         shape: The shape of one sample, (channels, height, width) or (features,).
         levels: The number of levels; 3 for images, if not given. Vectors have 1.
         steps: The number of steps in a level.
-        hidden: The width of the conditioners.
+        hidden: The width of the conditioners; 512, if not given.
         scale: How the couplings bound their log-scales, see
             :class:`revlib.flows.AffineCoupling`.
         lu: As for :class:`revlib.flows.InvertibleConv1x1`.
         dequantize: As for :func:`revlib.flows.nice`; the result is centred on 0.
         context: The number of features or channels of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
-            a :class:`revlib.flows.GlowConvNet`, for vectors an :class:`revlib.flows.MLP`.
+            a :class:`revlib.flows.GlowConvNet`, for vectors an :class:`revlib.flows.MLP`. With
+            one of your own, `hidden` is refused, and `context` where no prior is learned.
 
     References:
         Glow (Kingma and Dhariwal, 2018), https://arxiv.org/abs/1807.03039
@@ -201,13 +220,13 @@ def glow(
         >>> flow.bits_per_dim(images).shape, flow.sample(5).shape
         (torch.Size([]), torch.Size([5, 3, 8, 8]))
     """
-    check_counts("glow", steps=steps, hidden=hidden)
+    check_counts("glow", steps=steps)
 
     def coupling(build: SubnetConstructor, kept: int, changed: int) -> FlowLayer:
         return AffineCoupling(build(kept, 2 * changed), scale=scale)
 
     return multiscale(
-        "glow", shape, levels, steps, hidden, lu, dequantize, context, policy,
+        "glow", shape, levels, steps, hidden, lu, dequantize, context, policy, exact,
         subnet_constructor, coupling,
     )  # fmt: skip
 
@@ -217,13 +236,14 @@ def spline_flow(
     *,
     levels: int | None = None,
     steps: int = 8,
-    hidden: int = 128,
+    hidden: int | None = None,
     bins: int = 8,
     bound: float = 3.0,
     lu: bool = True,
     dequantize: int | None = None,
     context: int = 0,
     policy: Policy = "rebuild",
+    exact: bool = False,
     subnet_constructor: SubnetConstructor | None = None,
 ) -> Flow:
     """Builds a neural spline flow: Glow's architecture with rational-quadratic couplings.
@@ -235,13 +255,14 @@ def spline_flow(
         shape: The shape of one sample, (channels, height, width) or (features,).
         levels: As for :func:`revlib.flows.glow`.
         steps: The number of steps in a level.
-        hidden: The width of the conditioners.
+        hidden: The width of the conditioners; 128, if not given.
         bins: As for :class:`revlib.flows.SplineCoupling`.
         bound: As for :class:`revlib.flows.SplineCoupling`.
         lu: As for :class:`revlib.flows.InvertibleConv1x1`.
         dequantize: As for :func:`revlib.flows.glow`.
         context: The number of features or channels of the conditioning input, 0 for none.
         policy: As for :class:`revlib.flows.FlowSequential`.
+        exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: As for :func:`revlib.flows.glow`.
 
     References:
@@ -252,13 +273,13 @@ def spline_flow(
         >>> flow.log_prob(torch.randn(5, 2)).shape
         torch.Size([5])
     """
-    check_counts("spline_flow", steps=steps, hidden=hidden, bins=bins)
+    check_counts("spline_flow", steps=steps, bins=bins)
 
     def coupling(build: SubnetConstructor, kept: int, changed: int) -> FlowLayer:
         return SplineCoupling(build(kept, (3 * bins - 1) * changed), bins=bins, bound=bound)
 
     return multiscale(
-        "spline_flow", shape, levels, steps, hidden, lu, dequantize, context, policy,
+        "spline_flow", shape, levels, steps, hidden, lu, dequantize, context, policy, exact,
         subnet_constructor, coupling,
     )  # fmt: skip
 
@@ -268,19 +289,22 @@ def multiscale(
     shape: Shape,
     levels: int | None,
     steps: int,
-    hidden: int,
+    hidden: int | None,
     lu: bool,
     dequantize: int | None,
     context: int,
     policy: Policy,
+    exact: bool,
     subnet_constructor: SubnetConstructor | None,
     coupling: Callable[[SubnetConstructor, int, int], FlowLayer],
 ) -> Flow:
     """Builds levels of steps, each an `ActNormConv1x1` and a coupling."""
     check_shape(name, shape)
     is_vector = len(shape) == 1
-    levels = check_levels(name, levels, 1 if is_vector else 3, shape)
-    check_constructor(name, subnet_constructor)
+    levels = checked_levels(name, levels, 1 if is_vector else 3, shape)
+    has_priors = not is_vector and levels > 1
+    check_constructor(name, subnet_constructor, 0 if has_priors else context, hidden=hidden)
+    hidden = checked_count(name, "hidden", hidden, HIDDEN[name])
 
     def default(c_in: int, c_out: int) -> nn.Module:
         if is_vector:
@@ -299,7 +323,7 @@ def multiscale(
         chain += [Dequantize(dequantize), Affine(mean=0.5)]
     if is_vector:
         chain += level(*shape)
-        return make_flow(chain, [shape], shape, policy)
+        return make_flow(chain, [shape], shape, policy, exact)
 
     check_divisible(name, shape, levels)
     channels, height, width = shape
@@ -311,7 +335,7 @@ def multiscale(
             channels //= 2
             chain.append(Split(make_prior(channels, context)))
         latents.append((channels, height, width))
-    return make_flow(chain, latents, shape, policy)
+    return make_flow(chain, latents, shape, policy, exact)
 
 
 def make_prior(channels: int, context: int) -> nn.Module:
@@ -322,8 +346,10 @@ def make_prior(channels: int, context: int) -> nn.Module:
     return prior
 
 
-def make_flow(chain: list[FlowLayer], latents: list[Shape], shape: Shape, policy: Policy) -> Flow:
-    transform = FlowSequential(*chain, policy=policy)
+def make_flow(
+    chain: list[FlowLayer], latents: list[Shape], shape: Shape, policy: Policy, exact: bool
+) -> Flow:
+    transform = FlowSequential(*chain, policy=policy, exact=exact)
     return Flow(transform, StandardNormal(*latents), shape=shape)
 
 
@@ -349,22 +375,42 @@ def check_counts(name: str, **counts: int) -> None:
             raise ValueError(f"{name}: {argument} must be a whole number above 0; got {count!r}")
 
 
-def check_levels(name: str, levels: int | None, default: int, shape: Shape) -> int:
-    """Returns the number of levels, or the default if it was not given."""
-    if levels is None:
+def checked_count(name: str, argument: str, count: int | None, default: int) -> int:
+    """Returns a count, or the default if it was not given."""
+    if count is None:
         return default
-    check_counts(name, levels=levels)
+    check_counts(name, **{argument: count})
+    return count
+
+
+def checked_levels(name: str, levels: int | None, default: int, shape: Shape) -> int:
+    """Returns the number of levels, or the default if it was not given."""
+    levels = checked_count(name, "levels", levels, default)
     if len(shape) == 1 and levels > 1:
         raise ValueError(f"{name}: levels must be 1 for vectors; got {levels}")
     return levels
 
 
-def check_constructor(name: str, subnet_constructor: object) -> None:
-    if subnet_constructor is not None and not callable(subnet_constructor):
+def check_constructor(
+    name: str, subnet_constructor: object, context: int, **options: int | None
+) -> None:
+    """Checks the constructor, and that nothing was given that only the default one heeds."""
+    if subnet_constructor is None:
+        return
+    if not callable(subnet_constructor):
         raise TypeError(
             f"{name}: subnet_constructor must be a function of two numbers; "
             f"got {type(subnet_constructor).__name__}"
         )
+    rule = "is for the default conditioners, not for those of a subnet_constructor"
+    check_not_given(name, rule, context=context or None, **options)
+
+
+def check_not_given(name: str, rule: str, **arguments: int | None) -> None:
+    """Refuses an argument that would have no effect."""
+    for argument, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}: {argument} {rule}; got {argument}={value!r}")
 
 
 def check_divisible(name: str, shape: Shape, times: int) -> None:

@@ -1,9 +1,14 @@
 """Layers that apply one matrix to the channels of every pixel."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from revlib.dispatch import gradient_is_recorded
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.checks import check_channel_count, check_channels
@@ -18,41 +23,54 @@ class ChannelMap(FlowLayer):
     """Base class of the layers that apply one matrix to the channels of every pixel.
 
     Subclasses define `weights`, which returns the matrix, the bias or None, and log |det| of the
-    matrix, as differentiable functions of their parameters.
+    matrix, as differentiable functions of their parameters; and `factors`, which returns the
+    matrix as P L (U + diag(d)), for exact arithmetic.
 
     The map is computed in the dtype of the stream and never under autocast, whose short floats
     could not be inverted.
     """
 
+    can_be_exact = True
     channels: int
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """Returns L, U, log |d|, the signs of d, P, and the bias or None."""
         raise NotImplementedError
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,) = streams
         check_channels(evaluate.label, x, self.channels)
         matrix, bias, log_abs_det = evaluate.weights(self)
+        if evaluate.exact is not None:
+            return self._map_exactly(x, matrix, bias, log_abs_det, evaluate, inverse=False)
         return shifted(mapped(x, matrix), bias), zeros(x) + space(x) * log_abs_det
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
         check_channels(evaluate.label, y, self.channels)
         matrix, bias, log_abs_det = evaluate.weights(self)
+        if evaluate.exact is not None:
+            return self._map_exactly(y, matrix, bias, log_abs_det, evaluate, inverse=True)
         inverse = inverted(matrix)
-        return shifted(mapped(y, inverse), unshifted(inverse, bias)), zeros(y) - space(
-            y
-        ) * log_abs_det
+        x = shifted(mapped(y, inverse), unshifted(inverse, bias))
+        return x, zeros(y) - space(y) * log_abs_det
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
         (y,), (dy, dlog_det) = outputs, gradients
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        inverse = inverted(matrix)
-        x = shifted(mapped(y, inverse), unshifted(inverse, bias))
-        dx = mapped(dy, matrix.T)
-        pullback((outer(dy, x), sum_per_channel(dy), space(y) * dlog_det.sum()))
+        if evaluate.exact is not None:
+            factors = evaluate.factors(self)
+            x, _ = evaluate.exact.channel_map(y, factors, evaluate.label, inverse=True)
+        else:
+            inverse = inverted(matrix)
+            x = shifted(mapped(y, inverse), unshifted(inverse, bias))
+        dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
+        pullback(dweights)
         return (x,), (dx,)
 
     def inverse_backward_streams(
@@ -60,14 +78,35 @@ class ChannelMap(FlowLayer):
     ) -> tuple[Streams, Streams]:
         (x,), (dx, dlog_det) = outputs, gradients
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        y = shifted(mapped(x, matrix), bias)
-        dy = mapped(dx, inverted(matrix).T)
-        # With x = V (y - b) and V the inverse of W, dW = -V^T dx (y - b)^T V^T = -dy x^T.
-        pullback((-outer(dy, x), -sum_per_channel(dy), -space(x) * dlog_det.sum()))
+        if evaluate.exact is not None:
+            factors = evaluate.factors(self)
+            y, _ = evaluate.exact.channel_map(x, factors, evaluate.label, inverse=False)
+        else:
+            y = shifted(mapped(x, matrix), bias)
+        dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
+        pullback(dweights)
         return (y,), (dy,)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+    def _map_exactly(
+        self,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        log_abs_det: Tensor,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            return evaluate.exact.channel_map(x, factors, evaluate.label, inverse=inverse)
+
+        factors = evaluate.factors(self)
+        if gradient_is_recorded(x, matrix):
+            return ExactMapFunction.apply(x, matrix, bias, log_abs_det, run, inverse)
+        return run(x)
 
 
 class InvertibleConv1x1(ChannelMap):
@@ -124,6 +163,17 @@ class InvertibleConv1x1(ChannelMap):
             product = torch.addmm(upper, self.lower.tril(-1), upper)  # L U, without L's diagonal
             return self.permutation @ product, None, wide_sum(self.log_diagonal)
 
+    def factors(self) -> tuple[Tensor | None, ...]:
+        if self.lu:
+            return (
+                self.lower, self.upper, self.log_diagonal, self.sign, self.permutation, None
+            )  # fmt: skip
+        # In float32 or wider: torch decomposes nothing narrower.
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        permutation, lower, upper = torch.linalg.lu(weight)
+        diagonal = upper.diagonal()
+        return lower, upper, diagonal.abs().log(), diagonal.sign(), permutation, None
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lu={self.lu}"
 
@@ -161,11 +211,60 @@ class ActNormConv1x1(ChannelMap):
         with autocast_off(matrix.device):
             return matrix * log_scale.exp(), matrix @ bias, log_abs_det + wide_sum(log_scale)
 
+    def factors(self) -> tuple[Tensor | None, ...]:
+        log_scale, _ = self.actnorm.weights()
+        _, bias, _ = self.weights()
+        lower, upper, log_diagonal, sign, permutation, _ = self.conv.factors()
+        return (
+            lower, upper * log_scale.exp(), log_diagonal + log_scale, sign, permutation, bias
+        )  # fmt: skip
+
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (x,) = streams
         check_channels(evaluate.label, x, self.channels)
         self.actnorm.initialize(x, evaluate)
         return super().forward_streams(streams, evaluate)
+
+
+class ExactMapFunction(torch.autograd.Function):
+    """Keeps the input of the map, whichever way it goes; gradients are those without rounding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        given: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        log_abs_det: Tensor,
+        run: Callable[[Tensor], tuple[Tensor, Tensor]],
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        result, log_det = run(given)
+        ctx.save_for_backward(result if inverse else given, matrix)
+        ctx.has_bias, ctx.inverse = bias is not None, inverse
+        return result, log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dresult: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
+        x, matrix = ctx.saved_tensors
+        gradients = inverse_gradients_at if ctx.inverse else gradients_at
+        dgiven, dmatrix, dbias, dlog_abs_det = gradients(x, dresult, dlog_det, matrix)
+        dbias = dbias if ctx.has_bias else None
+        return dgiven, dmatrix, dbias, dlog_abs_det, None, None
+
+
+def gradients_at(x: Tensor, dy: Tensor, dlog_det: Tensor, matrix: Tensor) -> Streams:
+    """The gradients of x, matrix, bias and log_abs_det, of y = W x + b."""
+    dx = mapped(dy, matrix.T)
+    return dx, outer(dy, x), sum_per_channel(dy), space(x) * dlog_det.sum()
+
+
+def inverse_gradients_at(x: Tensor, dx: Tensor, dlog_det: Tensor, matrix: Tensor) -> Streams:
+    """The gradients of y, matrix, bias and log_abs_det, of x = V (y - b), V the inverse of W."""
+    dy = mapped(dx, inverted(matrix).T)
+    # dW = -V^T dx (y - b)^T V^T = -dy x^T.
+    return dy, -outer(dy, x), -sum_per_channel(dy), -space(x) * dlog_det.sum()
 
 
 def mapped(x: Tensor, matrix: Tensor) -> Tensor:
@@ -177,7 +276,8 @@ def mapped(x: Tensor, matrix: Tensor) -> Tensor:
         if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
             y = F.linear(wide.movedim(1, -1), matrix).movedim(-1, 1)
         else:
-            y = (matrix @ wide.flatten(2)).view_as(x)
+            # Not `matrix @`, which rounds otherwise where the matrix requires grad.
+            y = torch.bmm(matrix.expand(len(x), -1, -1), wide.flatten(2)).view_as(x)
     return y.to(x.dtype)
 
 

@@ -1,9 +1,11 @@
 """Couplings of flows: a part of the stream is changed as a function of the part that is kept."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from revlib import functional
+from revlib import functional, reference
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows.checks import check_samples
 from revlib.flows.layer import FlowLayer
@@ -25,6 +27,7 @@ class Coupling(FlowLayer):
     """
 
     per_element = 1
+    can_be_exact = True
 
     def __init__(self, conditioner: nn.Module, mask: str, flip: bool) -> None:
         super().__init__()
@@ -39,12 +42,21 @@ class Coupling(FlowLayer):
     def form(self) -> Form:
         return self._mask.form
 
-    def couple(self, x: Tensor, h: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    def couple(
+        self, x: Tensor, h: Tensor, evaluate: Evaluate, *, inverse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Changes `x` as `h` says; returns the result and the log_det."""
         raise NotImplementedError
 
     def couple_backward(
-        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor | None, *, inverse: bool
+        self,
+        y: Tensor,
+        h: Tensor,
+        dy: Tensor,
+        dlog_det: Tensor | None,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Goes back through `couple` from its output; returns `x`, `dx` and `dh`."""
         raise NotImplementedError
@@ -73,7 +85,7 @@ class Coupling(FlowLayer):
         kept, x = self._mask.part(streams)
         h = evaluate(self.conditioner, kept)
         self._check(h, x, evaluate)
-        y, log_det = self.couple(x, h, inverse=inverse)
+        y, log_det = self.couple(x, h, evaluate, inverse=inverse)
         return *self._mask.join(kept, y), log_det
 
     def _step_back(
@@ -86,7 +98,7 @@ class Coupling(FlowLayer):
         # What is no longer needed is dropped before the gradient is taken: the conditioner's
         # activations are alive then, and the step's peak is there.
         h, pullback = evaluate.vjp(self.conditioner, kept)
-        x, dx, dh = self.couple_backward(y, h, dy, dlog_det, inverse=inverse)
+        x, dx, dh = self.couple_backward(y, h, dy, dlog_det, evaluate, inverse=inverse)
         del y, h, dy
         dseen = pullback(dh)
         return self._mask.join(kept, x), self._mask.join_gradients(dkept, dx, dseen)
@@ -140,20 +152,33 @@ class AdditiveCoupling(Coupling):
     ) -> None:
         super().__init__(conditioner, mask, flip)
 
-    def couple(self, x: Tensor, h: Tensor, *, inverse: bool) -> tuple[Tensor, None]:
+    def couple(
+        self, x: Tensor, h: Tensor, evaluate: Evaluate, *, inverse: bool
+    ) -> tuple[Tensor, None]:
         h = self._without_kept(h)
-        return (x - h if inverse else x + h).to(x.dtype), None
+        return evaluate.subtract(x, h) if inverse else evaluate.add(x, h), None
 
     def couple_backward(
-        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: None, *, inverse: bool
+        self,
+        y: Tensor,
+        h: Tensor,
+        dy: Tensor,
+        dlog_det: None,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, _ = self.couple(y, h, inverse=not inverse)
+        x, _ = self.couple(y, h, evaluate, inverse=not inverse)
         return x, dy, self._without_kept(-dy if inverse else dy)
 
     def _without_kept(self, h: Tensor) -> Tensor:
         if isinstance(self._mask, CheckerboardMask):
             return h.masked_fill(self._mask.keeps(h), 0)
         return h
+
+
+# The raw log-scale of which the log-scale is 0.
+SCALE_BY_ONE = {"tanh": 0.0, "exp": 0.0, "atan": 0.0, "sigmoid": math.log(0.999 / 0.001) - 2}
 
 
 class AffineCoupling(Coupling):
@@ -209,34 +234,66 @@ class AffineCoupling(Coupling):
         self.clamp = clamp
         self.interleaved = interleaved
 
-    def couple(self, x: Tensor, h: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    def couple(
+        self, x: Tensor, h: Tensor, evaluate: Evaluate, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        if evaluate.exact is not None:
+            h = self._with_kept(x, h, SCALE_BY_ONE[self.scale])
+            return evaluate.exact.affine_coupling(
+                x, h, evaluate.label, inverse=inverse, **self._options()
+            )
         ops = {
             ("channel", False): functional.affine_coupling,
             ("channel", True): functional.affine_coupling_inverse,
             ("checkerboard", False): functional.masked_affine_coupling,
             ("checkerboard", True): functional.masked_affine_coupling_inverse,
         }
-        return ops[self.mask, inverse](x, h, **self._options())
+        return ops[self.mask, inverse](x, h, **self._options(), **self._flip())
 
     def couple_backward(
-        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, *, inverse: bool
+        self,
+        y: Tensor,
+        h: Tensor,
+        dy: Tensor,
+        dlog_det: Tensor,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if evaluate.exact is not None:
+            h = self._with_kept(y, h, SCALE_BY_ONE[self.scale])
+            x, dx, dh = evaluate.exact.affine_coupling_backward(
+                y, h, dy, dlog_det, inverse=inverse, **self._options()
+            )
+            return x, dx, self._with_kept(y, dh, 0.0)
         ops = {
             ("channel", False): functional.affine_coupling_backward,
             ("channel", True): functional.affine_coupling_inverse_backward,
             ("checkerboard", False): functional.masked_affine_coupling_backward,
             ("checkerboard", True): functional.masked_affine_coupling_inverse_backward,
         }
-        return ops[self.mask, inverse](y, h, dy, dlog_det, **self._options())
+        return ops[self.mask, inverse](y, h, dy, dlog_det, **self._options(), **self._flip())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}, clamp={self.clamp}"
 
     def _options(self) -> dict[str, object]:
-        options = {"scale": self.scale, "clamp": self.clamp, "interleaved": self.interleaved}
-        if self.mask == "checkerboard":
-            options["flip"] = self.flip
-        return options
+        return {"scale": self.scale, "clamp": self.clamp, "interleaved": self.interleaved}
+
+    def _flip(self) -> dict[str, bool]:
+        return {"flip": self.flip} if self.mask == "checkerboard" else {}
+
+    def _with_kept(self, x: Tensor, h: Tensor, raw: float) -> Tensor:
+        """Puts a raw log-scale, and a shift of 0, in the place of what `h` says of kept elements.
+
+        A scaling by 1 is exact, so that exact arithmetic needs no op for masks of its own.
+        """
+        if not isinstance(self._mask, CheckerboardMask):
+            return h
+        kept = self._mask.keeps(x)
+        of_all, shift = reference.raw_and_shift(h, self.interleaved)
+        of_all, shift = of_all.masked_fill(kept, raw), shift.masked_fill(kept, 0)
+        return reference.join(of_all, shift, self.interleaved)
 
 
 class MultiplicativeCoupling(AffineCoupling):
@@ -278,13 +335,24 @@ class MultiplicativeCoupling(AffineCoupling):
     ) -> None:
         super().__init__(conditioner, mask=mask, flip=flip, scale=scale, clamp=clamp)
 
-    def couple(self, x: Tensor, h: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return super().couple(x, with_zero_shift(h), inverse=inverse)
+    def couple(
+        self, x: Tensor, h: Tensor, evaluate: Evaluate, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return super().couple(x, with_zero_shift(h), evaluate, inverse=inverse)
 
     def couple_backward(
-        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, *, inverse: bool
+        self,
+        y: Tensor,
+        h: Tensor,
+        dy: Tensor,
+        dlog_det: Tensor,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, dx, dh = super().couple_backward(y, with_zero_shift(h), dy, dlog_det, inverse=inverse)
+        x, dx, dh = super().couple_backward(
+            y, with_zero_shift(h), dy, dlog_det, evaluate, inverse=inverse
+        )
         return x, dx, dh[:, : h.shape[1]]
 
 
@@ -320,6 +388,8 @@ class SplineCoupling(Coupling):
         True
     """
 
+    can_be_exact = False
+
     def __init__(
         self,
         conditioner: nn.Module,
@@ -348,13 +418,22 @@ class SplineCoupling(Coupling):
     def per_element(self) -> int:
         return 3 * self.bins - 1
 
-    def couple(self, x: Tensor, h: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    def couple(
+        self, x: Tensor, h: Tensor, evaluate: Evaluate, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         op = functional.spline_coupling_inverse if inverse else functional.spline_coupling
         y, log_det = op(self._without_kept(x), h, **self._options())
         return self._with_kept(y, x), log_det
 
     def couple_backward(
-        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, *, inverse: bool
+        self,
+        y: Tensor,
+        h: Tensor,
+        dy: Tensor,
+        dlog_det: Tensor,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = (
             functional.spline_coupling_inverse_backward

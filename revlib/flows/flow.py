@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import refuse_sharded_start
 from revlib.flows.base import Base, StandardNormal, TorchBase
 from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
-from revlib.flows.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.layer import FlowLayer, Latent
 from revlib.flows.sequential import FlowSequential
 from revlib.replay import modes_set, parts_of
@@ -145,7 +145,7 @@ class Flow(nn.Module):
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}")
-        if x.ndim < 2 or self.shape not in (None, tuple(x.shape[1:])):
+        if x.ndim < 2 or (self.shape and self.shape != tuple(x.shape[1:])):
             sizes = "..." if self.shape is None else ", ".join(map(str, self.shape))
             raise ValueError(f"x must be [batch, {sizes}]; got {list(x.shape)}")
         if x.is_floating_point():

@@ -48,6 +48,10 @@ class Inverse(FlowLayer):
         return self.layer.cheap_inverse
 
     @property
+    def can_be_exact(self) -> bool:
+        return self.layer.can_be_exact and not self._is_whole
+
+    @property
     def _methods(self) -> type[FlowLayer]:
         return self.layer.contract if self._is_whole else type(self.layer)
 

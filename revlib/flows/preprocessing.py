@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from revlib.finite import can_look
 from revlib.flows.checks import check_samples
-from revlib.flows.finite import can_look
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.functional._checks import check_integer
 

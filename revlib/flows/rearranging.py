@@ -24,6 +24,8 @@ from revlib.streams import Streams, memory_format
 class Rearrangement(FlowLayer):
     """Base class: subclasses define how elements move, and how they move back."""
 
+    can_be_exact = True
+
     def move(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -63,6 +65,8 @@ class Permutation(FlowLayer):
         >>> revlib.flows.Permutation.reverse(4).indices.tolist()
         [3, 2, 1, 0]
     """
+
+    can_be_exact = True
 
     def __init__(self, indices: Sequence[int] | Tensor) -> None:
         super().__init__()

@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from revlib.autograd import Leg
+from revlib.diagnosis import find_nonfinite
+from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import refuse_sharded_start
-from revlib.flows.finite import NonFiniteError, find_nonfinite, is_known_nonfinite
 from revlib.flows.layer import FlowLayer, Latent, packed, zeros
 from revlib.sequential import ReversibleSequential
 from revlib.streams import Streams
@@ -23,6 +24,8 @@ class FlowSequential(ReversibleSequential, FlowLayer):
             :class:`revlib.flows.FlowLayer` for writing your own.
         policy: As for :class:`revlib.ReversibleSequential`: "rebuild", "store" or "recompute",
             for all layers or a list with one entry per layer.
+        exact: As for :class:`revlib.ReversibleSequential`. Layers that scale then carry an integer
+            state of 8 bytes per element through the chain; splines are recomputed.
 
     Raises:
         TypeError: If a layer is no :class:`revlib.flows.FlowLayer`.

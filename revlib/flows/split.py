@@ -47,6 +47,7 @@ class Split(FlowLayer):
     """
 
     n_latents = 1
+    can_be_exact = True
 
     def __init__(
         self, conditioner: nn.Module | None = None, *, scale: str = "tanh", clamp: float = 4.0
@@ -64,7 +65,7 @@ class Split(FlowLayer):
         if self.conditioner is None:
             return x1, None, x2
         h = self._prior(evaluate(self.conditioner, x1), x2, evaluate)
-        latent, log_det = functional.affine_coupling_inverse(x2, h, **self._options())
+        latent, log_det = self._scale(x2, h, evaluate, inverse=True)
         return x1, log_det, latent
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
@@ -73,7 +74,7 @@ class Split(FlowLayer):
         if self.conditioner is None:
             return torch.cat((x1, latent), 1), None
         h = self._prior(evaluate(self.conditioner, x1), latent, evaluate)
-        x2, log_det = functional.affine_coupling(latent, h, **self._options())
+        x2, log_det = self._scale(latent, h, evaluate, inverse=False)
         return torch.cat((x1, x2), 1), log_det
 
     def backward_streams(
@@ -83,9 +84,7 @@ class Split(FlowLayer):
         if self.conditioner is None:
             return (torch.cat((x1, latent), 1),), (torch.cat((dx1, dlatent), 1),)
         h, pullback = evaluate.vjp(self.conditioner, x1)
-        x2, dx2, dh = functional.affine_coupling_inverse_backward(
-            latent, h, dlatent, dlog_det, **self._options()
-        )
+        x2, dx2, dh = self._scale_backward(latent, h, dlatent, dlog_det, evaluate, inverse=True)
         del h
         dx1 = dx1 + pullback(dh)
         return (torch.cat((x1, x2), 1),), (torch.cat((dx1, dx2), 1),)
@@ -98,14 +97,38 @@ class Split(FlowLayer):
         if self.conditioner is None:
             return (x1, x2), (dx1, dx2)
         h, pullback = evaluate.vjp(self.conditioner, x1)
-        latent, dlatent, dh = functional.affine_coupling_backward(
-            x2, h, dx2, dlog_det, **self._options()
-        )
+        latent, dlatent, dh = self._scale_backward(x2, h, dx2, dlog_det, evaluate, inverse=False)
         del h
         return (x1, latent), (dx1 + pullback(dh), dlatent)
 
-    def _options(self) -> dict[str, object]:
-        return {"scale": self.scale, "clamp": self.clamp}
+    def _scale(
+        self, x: Tensor, h: Tensor, evaluate: Evaluate, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        options = {"scale": self.scale, "clamp": self.clamp}
+        if evaluate.exact is not None:
+            return evaluate.exact.affine_coupling(x, h, evaluate.label, inverse=inverse, **options)
+        op = functional.affine_coupling_inverse if inverse else functional.affine_coupling
+        return op(x, h, **options)
+
+    def _scale_backward(
+        self,
+        y: Tensor,
+        h: Tensor,
+        dy: Tensor,
+        dlog_det: Tensor,
+        evaluate: Evaluate,
+        *,
+        inverse: bool,
+    ) -> Streams:
+        options = {"scale": self.scale, "clamp": self.clamp}
+        if evaluate.exact is not None:
+            return evaluate.exact.affine_coupling_backward(
+                y, h, dy, dlog_det, inverse=inverse, **options
+            )
+        op = functional.affine_coupling_backward
+        if inverse:
+            op = functional.affine_coupling_inverse_backward
+        return op(y, h, dy, dlog_det, **options)
 
     def _prior(self, h: object, x2: Tensor, evaluate: Evaluate) -> Tensor:
         batch, channels, *space = x2.shape

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from revlib import reference
-from revlib.dispatch import gradient_is_recorded
+from revlib.dispatch import gradient_is_recorded, kernels_apply_to
 from revlib.functional._checks import check_shape, check_tensors
 from revlib.functional._exact_scaling import check_exact_stream
 
@@ -108,7 +108,7 @@ def exact_actnorm_backward(
         True
     """
     check("exact_actnorm_backward", log_scale, bias, state, bits, y=y, dy=dy, dlog_det=dlog_det)
-    return reference.exact_actnorm_backward(y, log_scale, bias, state, dy, dlog_det, bits)
+    return normalize_backward(y, log_scale, bias, state, dy, dlog_det, False, bits)
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def exact_actnorm_inverse_backward(
     """
     op = "exact_actnorm_inverse_backward"
     check(op, log_scale, bias, state, bits, x=x, dx=dx, dlog_det=dlog_det)
-    return reference.exact_actnorm_inverse_backward(x, log_scale, bias, state, dx, dlog_det, bits)
+    return normalize_backward(x, log_scale, bias, state, dx, dlog_det, True, bits)
 
 
 class ExactActNormFunction(torch.autograd.Function):
@@ -148,7 +148,6 @@ class ExactActNormFunction(torch.autograd.Function):
         result, log_det, overflow = run(given, log_scale, bias, state, inverse, bits)
         ctx.save_for_backward(result if inverse else given, log_scale, bias)
         ctx.inverse = inverse
-        ctx.mark_non_differentiable(overflow)
         return result, log_det, overflow
 
     @staticmethod
@@ -156,11 +155,8 @@ class ExactActNormFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dresult: Tensor, dlog_det: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        if ctx.inverse:
-            op = reference.exact_actnorm_inverse_gradients
-        else:
-            op = reference.exact_actnorm_gradients
-        return *op(*ctx.saved_tensors, dresult, dlog_det), None, None, None
+        tensors = *ctx.saved_tensors, dresult, dlog_det
+        return *gradients(*tensors, ctx.inverse), None, None, None
 
 
 def normalize(
@@ -174,8 +170,47 @@ def normalize(
 def run(
     x: Tensor, log_scale: Tensor, bias: Tensor, state: Tensor, inverse: bool, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = x, log_scale, bias
+    if kernels_apply_to(*inputs):
+        return kernels().exact_actnorm(*inputs, state, inverse, bits)
     op = reference.exact_actnorm_inverse if inverse else reference.exact_actnorm
-    return op(x, log_scale, bias, state, bits)
+    return op(*inputs, state, bits)
+
+
+def normalize_backward(
+    y: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    state: Tensor,
+    dy: Tensor,
+    dlog_det: Tensor,
+    inverse: bool,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = y, log_scale, bias, state, dy, dlog_det
+    if kernels_apply_to(y, log_scale, bias, dy, dlog_det):
+        return kernels().exact_actnorm_bwd(*tensors, inverse, bits)
+    if inverse:
+        return reference.exact_actnorm_inverse_backward(*tensors, bits)
+    return reference.exact_actnorm_backward(*tensors, bits)
+
+
+def gradients(
+    x: Tensor, log_scale: Tensor, bias: Tensor, dy: Tensor, dlog_det: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = x, log_scale, bias, dy, dlog_det
+    if kernels_apply_to(*tensors):
+        return kernels().exact_actnorm_gradients(*tensors, inverse)
+    if inverse:
+        return reference.exact_actnorm_inverse_gradients(*tensors)
+    return reference.exact_actnorm_gradients(*tensors)
+
+
+def kernels() -> Any:
+    """The ops as kernels. The first call imports Triton."""
+    from revlib.kernels import exact_actnorm
+
+    return exact_actnorm
 
 
 def check(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from revlib import reference
-from revlib.dispatch import gradient_is_recorded
+from revlib.dispatch import gradient_is_recorded, kernels_apply_to
 from revlib.functional._affine_coupling import SCALES
 from revlib.functional._checks import (
     check_choice,
@@ -220,7 +220,6 @@ class ExactAffineCouplingFunction(torch.autograd.Function):
         result, log_det, overflow = run(given, h, state, inverse, options)
         ctx.save_for_backward(result if inverse else given, h)
         ctx.inverse, ctx.options = inverse, options
-        ctx.mark_non_differentiable(overflow)
         return result, log_det, overflow
 
     @staticmethod
@@ -244,6 +243,8 @@ def couple(
 def run(
     x: Tensor, h: Tensor, state: Tensor, inverse: bool, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if kernels_apply_to(x, h):
+        return kernels().exact_affine_coupling(x, h, state, inverse, *options)
     op = reference.exact_affine_coupling_inverse if inverse else reference.exact_affine_coupling
     return op(x, h, state, *options)
 
@@ -257,18 +258,34 @@ def couple_backward(
     inverse: bool,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = y, h, state, dy, dlog_det
+    if kernels_apply_to(y, h, dy, dlog_det):
+        return kernels().exact_affine_coupling_bwd(*tensors, inverse, *options)
     if inverse:
         op = reference.exact_affine_coupling_inverse_backward
     else:
         op = reference.exact_affine_coupling_backward
-    return op(y, h, state, dy, dlog_det, *options)
+    return op(*tensors, *options)
 
 
 def gradients(
     x: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, inverse: bool, options: Options
 ) -> tuple[Tensor, Tensor]:
+    scale, clamp, interleaved, _ = options
+    tensors = x, h, dy, dlog_det
+    if kernels_apply_to(*tensors):
+        return kernels().exact_affine_coupling_gradients(
+            *tensors, inverse, scale, clamp, interleaved
+        )
     if inverse:
         op = reference.exact_affine_coupling_inverse_gradients
     else:
         op = reference.exact_affine_coupling_gradients
-    return op(x, h, dy, dlog_det, *options[:3])
+    return op(*tensors, scale, clamp, interleaved)
+
+
+def kernels() -> Any:
+    """The ops as kernels. The first call imports Triton."""
+    from revlib.kernels import exact_affine_coupling
+
+    return exact_affine_coupling

@@ -54,6 +54,7 @@ class RevNet(nn.Module):
         in_channels: The channels of the images.
         dropout: The probability of dropout inside the residual functions.
         policy: The policy of the couplings.
+        exact: As for :class:`revlib.ReversibleSequential`.
 
     Shape:
         Images `[batch, in_channels, height, width]` to logits `[batch, num_classes]`. Every
@@ -79,12 +80,13 @@ class RevNet(nn.Module):
         in_channels: int = 3,
         dropout: float = 0.0,
         policy: Policy = "rebuild",
+        exact: bool = False,
     ) -> None:
         super().__init__()
         if any(width % 2 for width in widths):
             raise ValueError(f"widths must be even, to be split in halves; got {tuple(widths)}")
         self.stem = stem(in_channels, widths[0])
-        self.trunk = ReversibleSequential()
+        self.trunk = ReversibleSequential(exact=exact)
         halves = [width // 2 for width in widths]
         for c_in, c_out, stride in block_shapes(units, halves, bottleneck):
             f = residual_function(

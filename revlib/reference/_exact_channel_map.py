@@ -35,9 +35,10 @@ from revlib.reference._exact_scaling import (
     STREAM_LIMIT,
     R,
     centre,
+    divide_,
     divisor,
+    fits,
     is_finite,
-    largest,
     ratio_of,
     to_whole,
 )
@@ -88,10 +89,10 @@ def exact_channel_map(
 ) -> tuple[Tensor, Tensor, Tensor]:
     f = channel_map_factors(lower, upper, log_diagonal, sign, permutation, bias, bits)
     rows, s, shift = to_rows(x, bits), to_whole(f.s, x), to_whole(f.shift, x)
-    scaled, state_is_full = scale(rows, s, state)
+    scaled, has_room = scale(rows, s, state)
     z = rounded_product(f.upper, rows).add_(scaled)
     y = from_rows(rounded_product(f.product, z).add_(shift), x, bits)
-    overflow = any_is_out_of_range(x, z, y, bits) | state_is_full | ~f.in_range
+    overflow = any_is_out_of_range(x, z, y, bits) | ~(has_room & f.in_range)
     return y, channel_map_log_det(x, f.s, log_diagonal), overflow
 
 
@@ -112,9 +113,9 @@ def exact_channel_map_inverse(
     for _ in undo_lifting(z, f.lower, descending=False):
         pass
     rows = z * to_whole(f.sign, y)
-    state_is_full = undo_lifting_and_scale(rows, f.upper, s, state)
+    has_room = undo_lifting_and_scale(rows, f.upper, s, state)
     x = from_rows(rows, y, bits)
-    overflow = any_is_out_of_range(x, z, y, bits) | state_is_full | ~f.in_range
+    overflow = any_is_out_of_range(x, z, y, bits) | ~(has_room & f.in_range)
     return x, -channel_map_log_det(y, f.s, log_diagonal), overflow
 
 
@@ -167,21 +168,21 @@ def from_rows(rows: Tensor, like: Tensor, bits: int) -> Tensor:
 
 
 def scale(rows: Tensor, s: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the scaled rows and whether the state is full, and writes the state."""
+    """Returns the scaled rows and whether the state has room, and writes the state."""
     by_channel = state.movedim(1, 0)
     u = by_channel.flatten(1)
     v = torch.add(centre(s), rows, alpha=R).add_(u & (R - 1))
-    scaled = (v / s).floor_() if v.is_floating_point() else v.div(s, rounding_mode="floor")
-    rest = v.addcmul_(scaled, s, value=-1).long()
+    scaled = divide_(v, s)
     u >>= R_BITS
-    is_full = ~(largest(largest_of_rows(u) * s.double()) < STATE_LIMIT)
-    u.mul_(s.long()).add_(rest)
+    largest = u.amax(1, keepdim=True) if u.numel() else torch.zeros_like(s)
+    has_room = fits(largest * s.double(), STATE_LIMIT)
+    u.mul_(s.long()).add_(v.long())
     by_channel.copy_(u.flip(0).view(by_channel.shape))
-    return scaled, is_full
+    return scaled, has_room
 
 
 def undo_lifting_and_scale(rows: Tensor, upper: Tensor, s: Tensor, state: Tensor) -> Tensor:
-    """Returns whether the state is full, and writes the rows and the state."""
+    """Returns whether the state has room, and writes the rows and the state."""
     by_channel = state.movedim(1, 0)
     u, whole_s = by_channel.flatten(1).flip(0), s.long()
     popped = u.div(whole_s, rounding_mode="floor")
@@ -190,14 +191,9 @@ def undo_lifting_and_scale(rows: Tensor, upper: Tensor, s: Tensor, state: Tensor
     for i in undo_lifting(rows, upper, descending=True):
         unscale(rows[i], s[i], v[i])
 
-    is_full = ~(largest(largest_of_rows(popped)) < STATE_LIMIT // R)
     low = v.sub_(rows, alpha=R).long()
     by_channel.copy_(low.add_(popped, alpha=R).view(by_channel.shape))
-    return is_full
-
-
-def largest_of_rows(u: Tensor) -> Tensor:
-    return u.amax(1, keepdim=True) if u.shape[1] else u.new_zeros(len(u), 1)
+    return fits(popped, STATE_LIMIT // R)
 
 
 def unscale(row: Tensor, s: Tensor, v: Tensor) -> None:

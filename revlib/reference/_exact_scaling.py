@@ -22,6 +22,8 @@ R = 2**R_BITS
 LARGEST_S = 2**31
 # Whole numbers of at most 63 bits hold u * S + q, with q < S, and X * R + r + C.
 STATE_LIMIT = 2**61
+# X * R is below 2**62 in size; r, C and q add less than 2**33 to it.
+WRAP_LIMIT = 2**62 + 2**33
 STREAM_LIMIT = {torch.float32: 2**24, torch.float64: 2**46}
 
 
@@ -45,10 +47,10 @@ def scale_and_shift(
     state >>= R_BITS
     v = to_whole(x * (steps * R), x).add_(low).add_(centre(s))
     quotient = divide_(v, s)
-    state_size = largest(state.double().mul_(s))
+    room = fits(state.double().mul_(s), STATE_LIMIT)
     state.mul_(s.long()).add_(v.long())
     y = quotient.add_(to_whole((shift * steps).round_(), x)).to(x.dtype).mul_(1 / steps)
-    return y, out_of_range(x, y, state_size, bits)
+    return y, ~(room & in_range(x, bits) & in_range(y, bits))
 
 
 def unshift_and_unscale(
@@ -60,11 +62,15 @@ def unshift_and_unscale(
     popped = torch.div(state, whole_s, rounding_mode="floor")
     low = torch.addcmul(state, popped, whole_s, value=-1)
     v = to_whole(y * steps, y).sub_(to_whole((shift * steps).round_(), y))
+    room = fits(popped, STATE_LIMIT // R)
+    if v.dtype == torch.int64:
+        # Where the product wraps around, x may seem in range.
+        room &= fits(v.double().mul_(s).abs_(), WRAP_LIMIT)
     v = v.mul_(s).add_(low).sub_(centre(s))
-    quotient = divide_(v, R)
-    state.copy_(popped << R_BITS).bitwise_or_(v.long())
+    quotient = divide_(v, v.new_full((), R))
+    state.copy_(popped.bitwise_left_shift_(R_BITS).bitwise_or_(v.long()))
     x = quotient.to(y.dtype).mul_(1 / steps)
-    return x, out_of_range(y, x, largest(popped) * float(R), bits)
+    return x, ~(room & in_range(x, bits) & in_range(y, bits))
 
 
 def to_whole(values: Tensor, stream: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ def to_whole(values: Tensor, stream: Tensor) -> Tensor:
     return values.to(torch.float64 if stream.dtype == torch.float32 else torch.int64)
 
 
-def divide_(number: Tensor, divisor: Tensor | int) -> Tensor:
+def divide_(number: Tensor, divisor: Tensor) -> Tensor:
     """The floored quotient; the remainder is left in number."""
     if number.is_floating_point():
         # Below a whole number n, a quotient is at most n - 1 / divisor. Rounding moves it by up to
@@ -80,7 +86,7 @@ def divide_(number: Tensor, divisor: Tensor | int) -> Tensor:
         quotient = (number / divisor).floor_()
     else:
         quotient = torch.div(number, divisor, rounding_mode="floor")
-    number.sub_(quotient * divisor)
+    number.addcmul_(quotient, divisor, value=-1)
     return quotient
 
 
@@ -91,16 +97,19 @@ def centre(s: Tensor) -> Tensor:
     return (s >> 1).sub_(R // 2)
 
 
-def out_of_range(before: Tensor, after: Tensor, state_size: Tensor, bits: int) -> Tensor:
-    limit = STREAM_LIMIT[after.dtype] / 2**bits
-    # Asked this way round, so that NaN is outside.
-    inside = (largest(before) < limit) & (largest(after) < limit) & (state_size < STATE_LIMIT)
-    return ~inside
+def in_range(stream: Tensor, bits: int) -> Tensor:
+    # A square is one pass where an absolute value takes two, and as exact here: the limit is a
+    # power of two.
+    return fits(stream * stream, (STREAM_LIMIT[stream.dtype] / 2**bits) ** 2)
 
 
-def largest(values: Tensor) -> Tensor:
-    return values.abs().amax() if values.numel() else values.new_zeros(())
+def fits(values: Tensor, limit: float) -> Tensor:
+    """Whether all values are below the limit, and none is NaN."""
+    if values.numel() == 0:
+        return values.new_ones((), dtype=torch.bool)
+    return values.amax() < limit
 
 
 def is_finite(values: Tensor) -> Tensor:
-    return largest(values) < torch.inf
+    # A sum is one pass; that of finite values is finite long beyond any stream's range.
+    return values.sum().isfinite()

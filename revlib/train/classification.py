@@ -30,7 +30,8 @@ class Classification:
 
     def build_model(self) -> nn.Module:
         revnet = self.settings.model.startswith("revnet")
-        options = {"policy": self.settings.policy} if revnet else {}
+        reversible = {"policy": self.settings.policy, "exact": self.settings.exact}
+        options = reversible if revnet else {}
         return create_model(
             self.settings.model,
             num_classes=self.data.classes,

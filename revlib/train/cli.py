@@ -66,8 +66,12 @@ def train_command(
     out: Annotated[Path, Option(help="The folder of the run.")],
     model: Annotated[str, Option(help=f"{', '.join(MODELS)}.")] = Settings.model,
     policy: Annotated[
-        str, Option(help=f"For a revnet or a flow: {', '.join(POLICIES)}.")
+        str | None,
+        Option(help=f"For a revnet or a flow: {', '.join(POLICIES)}.", show_default="rebuild"),
     ] = Settings.policy,
+    exact: Annotated[
+        bool, Option("--exact", help="For a revnet or a flow: rebuild to the last bit.")
+    ] = Settings.exact,
     dropout: Annotated[
         float, Option(help="For a classifier: share of activations to drop.")
     ] = Settings.dropout,
@@ -137,6 +141,7 @@ def train_command(
             out=out,
             model=model,
             policy=policy,
+            exact=exact,
             dropout=dropout,
             levels=levels,
             flow_steps=flow_steps,

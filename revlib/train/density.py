@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revlib import flows
+from revlib.flows.builders import HIDDEN
 from revlib.train.errors import InputError
 from revlib.train.pictures import draw_images, draw_points
 from revlib.train.randomness import shuffled
@@ -52,13 +53,17 @@ class Density:
             data.shape,
             dequantize=data.levels,
             policy=settings.policy,
+            exact=settings.exact,
             **{name: value for name, value in options.items() if value is not None},
         )
         if data.levels is not None:
             return flow
         std, mean = torch.std_mean(data.x_train.double(), 0, correction=0)
         standardised = flows.FlowSequential(
-            flows.Affine(mean.float(), std.float()), *flow.transform, policy=settings.policy
+            flows.Affine(mean.float(), std.float()),
+            *flow.transform,
+            policy=settings.policy,
+            exact=settings.exact,
         )
         return flows.Flow(standardised, flow.base, shape=data.shape)
 
@@ -94,21 +99,19 @@ class Density:
 
 def complete(settings: Settings, data: Samples) -> Settings:
     """Makes the choices that are left open, and refuses those that the data do not allow."""
-    defaults = inspect.signature(getattr(flows, settings.model)).parameters
+    parameters = inspect.signature(getattr(flows, settings.model)).parameters
     own: dict[str, int | None] = {
-        "flow_steps": defaults[STEPS[settings.model]].default,
-        "hidden": defaults["hidden"].default,
+        "flow_steps": parameters[STEPS[settings.model]].default,
+        "hidden": HIDDEN[settings.model],
     }
     if data.levels is None:
         own |= FOR_VECTORS
         check_vector_settings(settings, data.shape)
     else:
         own["levels"] = choose_levels(settings, data.shape)
-        if settings.model == "realnvp":
-            own["flow_steps"] = None
-            if settings.flow_steps is not None:
-                rule = "is for vectors where the model is realnvp"
-                raise InputError("flow_steps", rule, "images")
+        if settings.model == "realnvp" and settings.flow_steps is not None:
+            rule = "is for vectors where the model is realnvp"
+            raise InputError("flow_steps", rule, "images")
     left = {name: value for name, value in own.items() if getattr(settings, name) is None}
     return replace(settings, **left)
 

@@ -12,9 +12,11 @@ CLASSIFIER_DEFAULTS = {"lr": 0.1, "weight_decay": 1e-4}
 FLOW_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.0}
 FLOWS = ("nice", "realnvp", "glow", "spline_flow")
 MODELS = (*model_names(), *FLOWS)
+REVERSIBLE = [model for model in MODELS if not model.startswith("resnet")]
 # The settings that only some models have.
 CHOICES = {
-    "policy": [model for model in MODELS if not model.startswith("resnet")],
+    "policy": REVERSIBLE,
+    "exact": REVERSIBLE,
     "dropout": model_names(),
     "augment": model_names(),
     "levels": [model for model in FLOWS if model != "nice"],
@@ -36,7 +38,9 @@ class Settings:
         out: The folder of the run: checkpoints, `metrics.jsonl`, `summary.json` and `pictures`.
         model: One of `revlib.models.model_names()`, or a flow: `nice`, `realnvp`, `glow` or
             `spline_flow`.
-        policy: How a RevNet or a flow gets its activations back; the ResNets have no choice.
+        policy: How a RevNet or a flow gets its activations back, by default `rebuild`; a ResNet
+            has no choice.
+        exact: Whether a RevNet or a flow rebuilds to the last bit.
         dropout: The share of activations that is dropped, in a classifier.
         levels: The scales of a flow for images; by default the model's own number, or as many as
             the images can be halved.
@@ -69,7 +73,8 @@ class Settings:
     data: str
     out: Path
     model: str = "revnet38"
-    policy: str = "rebuild"
+    policy: str | None = None
+    exact: bool = False
     dropout: float = 0.0
     levels: int | None = None
     flow_steps: int | None = None
@@ -87,12 +92,15 @@ class Settings:
     picture_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (FLOW_DEFAULTS if self.model in FLOWS else CLASSIFIER_DEFAULTS).items():
+        own = dict(FLOW_DEFAULTS if self.model in FLOWS else CLASSIFIER_DEFAULTS)
+        if self.model in REVERSIBLE:
+            own["policy"] = "rebuild"
+        for name, value in own.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # The way to set a field of a frozen class.
         rules = {
             "model": (self.model in MODELS, f"must be one of {', '.join(MODELS)}"),
-            "policy": (self.policy in POLICIES, f"must be one of {', '.join(POLICIES)}"),
+            "policy": (self.policy in (None, *POLICIES), f"must be one of {', '.join(POLICIES)}"),
             "dropout": (0 <= self.dropout < 1, "must be at least 0 and below 1"),
             "levels": (_is_count(self.levels), "must be at least 1"),
             "flow_steps": (_is_count(self.flow_steps), "must be at least 1"),

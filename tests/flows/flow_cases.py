@@ -78,15 +78,19 @@ def nice(**options: object) -> flows.Flow:
 
 
 def realnvp(**options: object) -> flows.Flow:
-    return flows.realnvp(hidden=4, layers=4, blocks=1, **options)
+    return flows.realnvp(hidden=4, layers=4, **options)
+
+
+def image_realnvp(**options: object) -> flows.Flow:
+    return flows.realnvp(hidden=4, blocks=1, **options)
 
 
 def one_level_realnvp(**options: object) -> flows.Flow:
-    return realnvp(levels=1, **options)
+    return image_realnvp(levels=1, **options)
 
 
-def conditioned_realnvp(**options: object) -> flows.Flow:
-    return realnvp(subnet_constructor=Conditioned, **options)
+def conditioned_realnvp(context: int, **options: object) -> flows.Flow:
+    return flows.realnvp(subnet_constructor=Conditioned, **options)
 
 
 def glow(**options: object) -> flows.Flow:
@@ -118,10 +122,10 @@ CASES = {
     "nice-image-levels": FlowCase(nice, IMAGE, dequantize=17),
     "realnvp": FlowCase(realnvp, PAIR),
     "realnvp-odd-context": FlowCase(realnvp, ODD, context=2),
-    "realnvp-image": FlowCase(realnvp, IMAGE),
+    "realnvp-image": FlowCase(image_realnvp, IMAGE),
     "realnvp-odd-image": FlowCase(one_level_realnvp, (3, 3, 2)),
     "realnvp-image-context": FlowCase(conditioned_realnvp, IMAGE, context=2),
-    "realnvp-image-levels": FlowCase(realnvp, IMAGE, dequantize=256),
+    "realnvp-image-levels": FlowCase(image_realnvp, IMAGE, dequantize=256),
     "glow": FlowCase(glow, PAIR),
     "glow-odd-context": FlowCase(glow, ODD, context=2),
     "glow-image": FlowCase(two_level_glow, IMAGE),

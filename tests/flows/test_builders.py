@@ -185,6 +185,27 @@ def test_subnet_constructor_is_told_the_channels(make, sizes):
     assert flow.log_prob(torch.randn(3, 5)).shape == (3,)
 
 
+@pytest.mark.parametrize(
+    ("make", "shape", "defaults"),
+    [
+        (flows.nice, (2,), {"hidden": 1000, "depth": 5}),
+        (flows.realnvp, (2,), {"layers": 8, "hidden": 64}),
+        (flows.realnvp, (3, 4, 4), {"levels": 2, "hidden": 64, "blocks": 8}),
+        (flows.glow, (2,), {"levels": 1, "hidden": 512}),
+        (flows.spline_flow, (2,), {"levels": 1, "hidden": 128}),
+        (flows.spline_flow, (3, 8, 8), {"levels": 3, "hidden": 128}),
+    ],
+    ids=["nice", "realnvp", "realnvp-image", "glow", "spline", "spline-image"],
+)
+def test_what_is_not_given_is_what_the_docstring_says(make, shape, defaults):
+    text = " ".join(make.__doc__.split())
+
+    assert str(make(shape)) == str(make(shape, **defaults))
+    for argument in defaults.keys() - {"levels"}:
+        meaning = text.partition(f" {argument}: ")[2]
+        assert meaning.partition(", if not given")[0].endswith(f" {defaults[argument]}")
+
+
 @every_flow_of_pixels
 def test_whole_numbers_are_taken_as_pixels(case: FlowCase, device):
     flow, (x,) = case.build(device), case.inputs(device)

@@ -131,14 +131,6 @@ def test_first_batch_that_is_not_finite_raises_and_changes_nothing():
     assert all(p.isfinite().all() for p in layer.parameters())
 
 
-def test_constant_channel_keeps_parameters_finite():
-    layer = make_layer()
-
-    layer(torch.ones(5, CHANNELS, 2, 2, dtype=torch.double))
-
-    assert all(p.isfinite().all() for p in layer.parameters())
-
-
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
 def test_a_trained_state_dict_is_not_initialised_anew(assign):
     layer, trained = make_layer(), trained_layer()
@@ -316,13 +308,14 @@ def test_switching_to_train_between_forward_and_backward_initialises_nothing(pol
 
 def test_first_batch_in_half_precision_sets_parameters_by_statistics_in_float32():
     layer, truth = ActNorm(CHANNELS).bfloat16(), make_layer()
-    x = batch(1).bfloat16()
+    x = (200 + batch(1)).bfloat16()
 
     layer(x)
     truth(x.double())
 
     for got, want in zip(layer.parameters(), truth.parameters(), strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8)
+        # The parameters themselves are rounded to bfloat16, and to nothing shorter.
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=0)
 
 
 def test_frozen_layer_is_initialised_all_the_same():

@@ -177,7 +177,12 @@ def test_affine_per_channel_counts_every_pixel(device):
     torch.testing.assert_close(layer.inverse(z)[0], x)
 
 
-@pytest.mark.parametrize("layer", [flows.Dequantize(2), flows.Logit(), flows.Affine(0.5, 2.0)])
+@pytest.mark.parametrize(
+    "layer",
+    # Numbers would not widen the stream, as tensors do.
+    [flows.Dequantize(2), flows.Logit(), flows.Affine(torch.full((4,), 0.5), torch.ones(4))],
+    ids=["dequantize", "logit", "affine"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.double])
 def test_log_dets_are_float32_or_wider_and_streams_keep_their_dtype(layer, dtype):
     x = torch.ones(3, 4, dtype=dtype)

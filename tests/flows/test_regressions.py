@@ -171,7 +171,7 @@ def test_a_diagonal_scaling_in_float32_trains_on_a_bfloat16_stream():
     z, _ = chain(x)
     z.sum().backward()
 
-    assert x.grad.dtype == torch.bfloat16
+    assert z.dtype == x.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("batch", [torch.ones(8, 3), torch.randn(1, 3)], ids=["constant", "one"])
@@ -208,8 +208,12 @@ def test_a_flow_of_known_shape_samples_without_having_seen_data():
     torch.manual_seed(0)
     chain = flows.FlowSequential(flows.Squeeze(), flows.ActNorm(4), flows.Split())
     flow = flows.Flow(chain, shape=(1, 4, 4))
+    modes = []
+    chain[1].register_forward_hook(lambda layer, *_: modes.append(layer.training))
 
     assert flow.sample(3).shape == (3, 1, 4, 4)
+    assert modes == [False]
+    assert chain[1].training
     assert not chain[1].initialized
 
 

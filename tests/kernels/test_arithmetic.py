@@ -106,3 +106,27 @@ def test_rounds_halves_to_even(dtype, bits, device):
     )
 
     assert torch.equal(apply(arithmetic.round_half_even, x), x.round())
+
+
+@triton.jit
+def floor_divide_kernel(number_ptr, divisor_ptr, quotient_ptr, rest_ptr, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)
+    number, divisor = tl.load(number_ptr + offsets), tl.load(divisor_ptr + offsets)
+    quotient, rest = arithmetic.floor_divide(number, divisor)
+    tl.store(quotient_ptr + offsets, quotient)
+    tl.store(rest_ptr + offsets, rest)
+
+
+def test_integers_are_divided_downwards(device):
+    number = torch.randint(-(2**62), 2**62, (1024,), device=device)
+    divisor = torch.randint(1, 2**31, (1024,), device=device)
+    number[:512] >>= 31  # such that many quotients are small
+    number[:8] = torch.tensor([0, 1, -1, 6, -6, 7, -7, -8], device=device)
+    divisor[:8] = 7
+    divisor[8:16] = 1
+    quotient, rest = torch.empty_like(number), torch.empty_like(number)
+
+    floor_divide_kernel[(1,)](number, divisor, quotient, rest, SIZE=1024)
+
+    assert torch.equal(quotient, number.div(divisor, rounding_mode="floor"))
+    assert torch.equal(rest, number.remainder(divisor))

@@ -83,6 +83,72 @@ MISTAKES = {
         "(tl.abs(y) < LIMIT) &",
         "(tl.abs(x) < LIMIT) &",
     ),
+    "rounding of a scale": (
+        "exact_affine_coupling",
+        "exact_scaling",
+        "s = round_half_even(exp(-log_s) * R)",
+        "s = exp(-log_s) * R",
+    ),
+    "centre of the rounding": (
+        "exact_affine_coupling",
+        "exact_scaling",
+        "centre = (s >> 1) - R // 2",
+        "centre = (s >> 1) - R // 4",
+    ),
+    "sign of a remainder": (
+        "arithmetic",
+        "arithmetic",
+        "below = rest < 0",
+        "below = rest < -1",
+    ),
+    "digits that are popped": (
+        "exact_actnorm",
+        "exact_scaling",
+        "v = steps * R + (state & (R - 1)) + centre",
+        "v = steps * R + centre",
+    ),
+    "room in the state": (
+        "exact_affine_coupling",
+        "exact_scaling",
+        "(popped.to(tl.float64) * s.to(tl.float64) < STATE_LIMIT)",
+        "(popped.to(tl.float64) < STATE_LIMIT)",
+    ),
+    "a product that wraps around": (
+        "exact_affine_coupling",
+        "exact_scaling",
+        "inside = inside & (tl.abs(left.to(tl.float64)) * s.to(tl.float64) < WRAP_LIMIT)",
+        "",
+    ),
+    "range of a stream that goes in": (
+        "exact_affine_coupling",
+        "exact_scaling",
+        "inside = inside & offset_inside",
+        "inside = offset_inside",
+    ),
+    "gradients from the output": (
+        "exact_affine_coupling",
+        "exact_affine_coupling",
+        "            x = rebuilt\n",
+        "            x = given\n",
+    ),
+    "gradient of the log_det of an exact coupling": (
+        "exact_affine_coupling",
+        "exact_affine_coupling",
+        "dlog_s = -(dy * x) - dlog_det",
+        "dlog_s = -(dy * x)",
+    ),
+    "infinite log-scales": (
+        "exact_affine_coupling",
+        "exact_affine_coupling",
+        'inside = inside & (tl.abs(raw) < float("inf"))',
+        "",
+    ),
+    "products with what was rebuilt": (
+        "exact_actnorm",
+        "exact_actnorm",
+        "            x = rebuilt\n",
+        "            x = given\n",
+    ),
     "state's place": (
         "exact_channel_map",
         "exact_channel_map",
@@ -124,7 +190,7 @@ MISTAKES = {
 
     turned""",
     ),
-    "product that wraps around": (
+    "a row that wraps around": (
         "exact_channel_map",
         "exact_channel_map",
         "tl.minimum(tl.maximum(rows, -limit), limit)",

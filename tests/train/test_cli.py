@@ -32,7 +32,9 @@ CLASSIFIER = dict(
     weight_decay=0.6, image_size=7, augment=True, seed=8, mixed_precision="bf16", accumulate=2,
     checkpoint_every=9,
 )  # fmt: skip
-FLOW = dict(data="images", model="glow", levels=2, flow_steps=3, hidden=4, picture_every=5)
+FLOW = dict(
+    data="images", model="glow", exact=True, levels=2, flow_steps=3, hidden=4, picture_every=5
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("given", [CLASSIFIER, FLOW], ids=["classifier", "flow"])
@@ -138,6 +140,10 @@ BAD_INPUT = [
     ),
     (["--image-size", "4"], "--image-size is for a folder of images; got data "),
     (["--hidden", "8"], "--hidden is a choice that revnet38 does not have; got 8"),
+    (
+        ["--model", "resnet32", "--policy", "rebuild"],
+        "--policy is a choice that resnet32 does not have; got rebuild",
+    ),
     (["--flow-steps", "0"], "--flow-steps must be at least 1; got 0"),
     (["--data", "two_moons"], "--data must be digits, an .npz file or a folder of images; got "),
     (["--mixed-precision", "fp16"], "--mixed-precision must be one that this machine can do"),

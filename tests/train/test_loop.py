@@ -356,7 +356,7 @@ def test_folder_that_cannot_be_made_is_refused(settings, tmp_path):
 
 
 CHANGES = {
-    "model": "resnet32",
+    "model": "revnet110",
     "policy": "store",
     "dropout": 0.2,
     "epochs": 3,

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from revlib import ReversibleSequential
 from revlib.models import model_names
 from revlib.train import InputError, Settings
+from revlib.train.classification import Classification
+from revlib.train.density import Density
 from revlib.train.settings import CHOICES, FLOWS, MODELS
 
 WRONG = [
@@ -41,6 +44,7 @@ def test_wrong_setting_gets_a_line_that_names_it(name, value, line):
 # Settings that a model may not have, and a value that is not their default.
 CHOSEN = {
     "policy": "store",
+    "exact": True,
     "dropout": 0.1,
     "augment": True,
     "levels": 2,
@@ -49,7 +53,7 @@ CHOSEN = {
     "picture_every": 10,
 }
 REFUSED = [
-    ("resnet32", ("policy", "levels", "flow_steps", "hidden", "picture_every")),
+    ("resnet32", ("policy", "exact", "levels", "flow_steps", "hidden", "picture_every")),
     ("revnet38", ("levels", "flow_steps", "hidden", "picture_every")),
     ("nice", ("dropout", "augment", "levels")),
     ("glow", ("dropout", "augment")),
@@ -71,6 +75,25 @@ def test_every_choice_is_tried():
     assert CHOSEN.keys() == CHOICES.keys()
 
 
+def test_a_resnet_refuses_even_the_policy_that_others_have_by_default():
+    assert Settings(data="digits", out=Path("run")).policy == "rebuild"
+
+    line = "policy is a choice that resnet32 does not have; got rebuild"
+    with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+        Settings(data="digits", out=Path("run"), model="resnet32", policy="rebuild")
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_has_settings(model):
     assert Settings(data="digits", out=Path("run"), model=model).model == model
+
+
+@pytest.mark.parametrize("model", ["revnet38", "glow"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_model_is_exact_where_it_is_asked_for(model, exact):
+    kind = Density if model in FLOWS else Classification
+    task = kind(Settings(data="digits", out=Path("run"), model=model, exact=exact))
+
+    chains = [m for m in task.build_model().modules() if isinstance(m, ReversibleSequential)]
+
+    assert chains and all(chain.exact == exact for chain in chains)

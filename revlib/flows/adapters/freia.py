@@ -7,15 +7,25 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from revlib.autograd import is_altered
+from revlib.flows import couplings
+from revlib.flows.adapters.couplings import (
+    Coupling,
+    FusedCoupling,
+    LibraryCoupling,
+    See,
+    channels,
+    is_plain,
+    make_formula,
+)
 from revlib.flows.adapters.layers import (
     Called,
-    Coupling,
+    Run,
     Steps,
     on_copy,
     per_sample,
     without_autocast,
 )
+from revlib.flows.couplings import AdditiveCoupling, AffineCoupling
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.flows.sequential import FlowSequential
 from revlib.streams import Streams
@@ -101,26 +111,67 @@ def make_layer(module: nn.Module) -> FlowLayer:
     if kind in SEVERAL_TENSORS:
         raise ValueError(f"modules must go from one tensor to one tensor; {kind} does not")
     check_one_condition(module.dims_c)
-    if type(module).__module__.startswith("FrEIA.") and not is_altered(module):
-        if kind in TWO_SIDED:
-            return Steps(
-                module,
-                [
-                    Coupling(module, networks, partial(see_side, side), partial(run_side, side))
-                    for side, networks in enumerate(TWO_SIDED[kind])
-                ],
-            )
-        if kind == "AffineCouplingOneSided":
-            return Coupling(module, ["subnet"], partial(see_side, 1), run)
-        if kind == "ConditionalAffineTransform":
-            return Coupling(module, ["subnet"], see_condition, run)
-        if kind == "AllInOneBlock" and not module.householder:
-            coupling = Coupling(module, ["subnet"], see_first, run_affine)
-            before = [Mixing(module, before=True)] if module.reverse_pre_permute else []
-            return Steps(module, [*before, coupling, Mixing(module)])
+    if is_plain(module, *TWO_SIDED):
+        halves = slice(module.split_len1), slice(module.split_len1, None)
+        sides = enumerate(zip(TWO_SIDED[kind], halves, strict=True))
+        steps = [
+            make_coupling(module, networks, partial(see_side, i), half, partial(run_side, i))
+            for i, (networks, half) in sides
+        ]
+        return Steps(module, steps)
+    if is_plain(module, "AffineCouplingOneSided"):
+        changed = slice(module.split_len1, None)
+        return make_coupling(module, ["subnet"], partial(see_side, 1), changed, run)
+    if is_plain(module, "ConditionalAffineTransform"):
+        return make_coupling(module, ["subnet"], see_condition, slice(None), run)
+    if is_plain(module, "AllInOneBlock") and not module.householder:
+        changed = slice(module.splits[0], None)
+        coupling = make_coupling(module, ["subnet"], see_first, changed, run_affine)
+        before = [Mixing(module, before=True)] if module.reverse_pre_permute else []
+        return Steps(module, [*before, coupling, Mixing(module)])
     runner = partial(on_copy, run) if kind in WRITES_TO_INPUT else run
     names = {cls.__name__ for cls in type(module).__mro__}
     return Called(module, runner, cheap_inverse=names.isdisjoint(NO_CHEAP_INVERSE))
+
+
+def make_coupling(
+    module: nn.Module, networks: list[str], see: See, changed: slice, run: Run
+) -> Coupling:
+    """Returns the layer of a coupling, or of one side of it, that changes some channels."""
+    formula, *factors = find_formula(module)
+    if formula is None:
+        return LibraryCoupling(module, networks, see, run)
+    said, where = partial(ask, networks, see, *factors), partial(channels, changed)
+    return FusedCoupling(module, networks, said, where, formula)
+
+
+def find_formula(module: nn.Module) -> tuple[couplings.Coupling | None, float, float]:
+    """Returns a coupling of ours that computes what a module does, or None where we have none.
+
+    With it come factors on the raw log-scales and the shifts that the sub-networks give.
+    """
+    kind, clamp = type(module).__name__, module.clamp
+    if kind == "NICECouplingBlock":
+        return make_formula(AdditiveCoupling), 1, 1
+    if kind == "GINCouplingBlock" or getattr(module, "GIN", False):
+        return None, 1, 1
+    if kind == "AllInOneBlock":
+        return make_formula(AffineCoupling, scale="tanh", clamp=clamp), 0.1 * clamp, 0.1
+    clampings = ("ATAN", "atan", 1), ("TANH", "tanh", clamp), ("SIGMOID", "tanh", clamp / 2)
+    for name, scale, factor in clampings:
+        if clamps_by(name, module):
+            return make_formula(AffineCoupling, scale=scale, clamp=clamp), factor, 1
+    return None, 1, 1
+
+
+def clamps_by(name: str, module: nn.Module) -> bool:
+    """Tells whether a module clamps by the function that FrEIA has under this name."""
+    from FrEIA.modules import AffineCouplingOneSided
+
+    options = {"subnet_constructor": lambda *_: None, "clamp_activation": name}
+    known = AffineCouplingOneSided([(1,)], **options).f_clamp
+    # FrEIA makes a new function for every module, of the same code.
+    return getattr(module.f_clamp, "__code__", module.f_clamp) is getattr(known, "__code__", known)
 
 
 class Mixing(FlowLayer):
@@ -182,6 +233,25 @@ def see_first(module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
 
 def see_condition(module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
     return conditions(module, context)
+
+
+def ask(
+    networks: list[str],
+    see: See,
+    raw_factor: float,
+    shift_factor: float,
+    module: nn.Module,
+    x: Tensor,
+    context: Tensor | None,
+) -> Tensor:
+    """Asks one sub-network for raw log-scales and shifts, or one for each."""
+    seen = see(module, x, context)
+    answers = [module.get_submodule(name)(*seen) for name in networks]
+    h = torch.cat(answers, 1) if len(answers) > 1 else answers[0]
+    if raw_factor == shift_factor == 1:
+        return h
+    raw, shift = h.chunk(2, 1)
+    return torch.cat((raw_factor * raw, shift_factor * shift), 1)
 
 
 def run(

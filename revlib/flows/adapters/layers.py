@@ -21,9 +21,6 @@ from revlib.streams import Streams
 # the log_det.
 Run = Callable[[nn.Module, Tensor, Tensor | None, bool], tuple[Tensor, Any]]
 
-# What the sub-networks of a coupling are called with: see(module, x, context).
-See = Callable[[nn.Module, Tensor, Tensor | None], tuple[Any, ...]]
-
 
 class Called(FlowLayer):
     """Calls a module whole: three evaluations in a step that rebuilds, and those not in autocast.
@@ -69,88 +66,6 @@ class Called(FlowLayer):
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         initialize(Inverse(self), *streams, evaluate.context)
         return super().inverse_streams(streams, evaluate)
-
-
-class Coupling(FlowLayer):
-    """Runs a coupling with two evaluations of its sub-networks in a step that rebuilds.
-
-    The sub-networks are evaluated apart, on what the coupling keeps. The rest is the library's own
-    code, run on a stand-in for the module in which they return what was found: first the other way
-    round, to rebuild the input, then forward, to differentiate.
-
-    Args:
-        module: The user's module.
-        networks: The names of its sub-networks.
-        see: Returns what they are called with, the same for the input as for the output.
-        run: Runs the module, or a stand-in for it.
-        flip: Whether its own forward direction goes from latent to data.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        networks: Sequence[str],
-        see: See,
-        run: Run,
-        *,
-        flip: bool = False,
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self.networks = tuple(networks)
-        self.flip = flip
-        self._see = see
-        self._run = run
-
-    def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
-        return self._couple(streams, evaluate, inverse=False)
-
-    def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
-        return self._couple(streams, evaluate, inverse=True)
-
-    def backward_streams(
-        self, outputs: Streams, gradients: Streams, evaluate: Replay
-    ) -> tuple[Streams, Streams]:
-        return self._step_back(outputs, gradients, evaluate, inverse=False)
-
-    def inverse_backward_streams(
-        self, outputs: Streams, gradients: Streams, evaluate: Replay
-    ) -> tuple[Streams, Streams]:
-        return self._step_back(outputs, gradients, evaluate, inverse=True)
-
-    def condition(self, x: Tensor, context: Tensor | None) -> Streams:
-        """Returns what each sub-network says."""
-        seen = self._see(self.module, x, context)
-        return tuple(self.module.get_submodule(name)(*seen) for name in self.networks)
-
-    def couple(
-        self, x: Tensor, h: Streams, context: Tensor | None, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Changes `x` as the sub-networks said."""
-        networks = map(self.module.get_submodule, self.networks)
-        answers = dict(zip(self.networks, map(Answer, networks, h), strict=True))
-        module = stand_in(self.module, **answers)
-        y, log_det = self._run(module, x, context, inverse != self.flip)
-        return y.to(x.dtype), per_sample(log_det, x)
-
-    def _couple(self, streams: Streams, evaluate: Evaluate, *, inverse: bool) -> Streams:
-        (x,) = streams
-        condition = Condition(self)
-        initialize(condition, x, evaluate.context)
-        h = evaluate(condition, x)
-        return evaluate(Couple(self, inverse), (x, *h))
-
-    def _step_back(
-        self, outputs: Streams, gradients: Streams, evaluate: Replay, *, inverse: bool
-    ) -> tuple[Streams, Streams]:
-        condition, couple = Condition(self), Couple(self, inverse)
-        h, pullback = evaluate.vjp_streams(lambda ys, again: again(condition, *ys), outputs)
-        x, _ = evaluate.invert(couple, (*outputs, *h))
-        _, couple_pullback = evaluate.vjp_streams(lambda xh, again: again(couple, xh), (x, *h))
-        del h
-        dx, *dh = couple_pullback(gradients)
-        (dseen,) = pullback(dh)
-        return (x,), (dx + dseen,)
 
 
 class Steps(FlowLayer):
@@ -216,46 +131,6 @@ class Part(nn.Module):
 
     def __hash__(self) -> int:
         return hash((type(self), *self._key))
-
-
-class Condition(Part):
-    """Stands for the sub-networks of a coupling."""
-
-    def __init__(self, layer: Coupling) -> None:
-        super().__init__(layer)
-        self.networks = nn.ModuleList(map(layer.module.get_submodule, layer.networks))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Streams:
-        return self._key[0].condition(x, context)
-
-
-class Couple(Part):
-    """Stands for what a coupling does once its sub-networks have been evaluated."""
-
-    def __init__(self, layer: Coupling, inverse: bool) -> None:
-        super().__init__(layer, inverse)
-
-    def forward(self, streams: Streams, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        layer, inverse = self._key
-        return layer.couple(streams[0], streams[1:], context, inverse=inverse)
-
-    def inverse(self, streams: Streams, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        layer, inverse = self._key
-        return layer.couple(streams[0], streams[1:], context, inverse=not inverse)
-
-
-class Answer:
-    """Stands for a sub-network that was evaluated already; it has the attributes of that."""
-
-    def __init__(self, network: nn.Module, value: Tensor) -> None:
-        self._network = network
-        self._value = value
-
-    def __call__(self, *args: object) -> Tensor:
-        return self._value.clone()  # some libraries go on to change it in place
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
 
 
 def stand_in(module: nn.Module, **attributes: object) -> nn.Module:

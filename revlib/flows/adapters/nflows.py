@@ -2,17 +2,33 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate
-from revlib.flows.adapters.layers import Called, Coupling, Steps, stand_in
+from revlib.flows.adapters.couplings import (
+    FusedCoupling,
+    LibraryCoupling,
+    is_plain,
+    make_formula,
+)
+from revlib.flows.adapters.layers import Called, Steps, stand_in
+from revlib.flows.checks import check_channels
+from revlib.flows.couplings import AdditiveCoupling, AffineCoupling, SplineCoupling
 from revlib.flows.layer import FlowLayer
 from revlib.flows.sequential import FlowSequential
 from revlib.replay import in_backward, modes_set
 from revlib.streams import Streams
+
+# What one coupling is called in nflows, and its copy in normflows.
+RATIONAL_QUADRATIC = (
+    "PiecewiseRationalQuadraticCouplingTransform",
+    "PiecewiseRationalQuadraticCoupling",
+)
 
 
 def from_nflows(module: nn.Module) -> FlowSequential:
@@ -88,11 +104,58 @@ def make_coupling(module: nn.Module, *, flip: bool = False) -> FlowLayer:
 
     After the coupling may come an unconditional transform of what the coupling keeps.
     """
-    coupling = Coupling(module, ["transform_net"], see_kept, run_coupling, flip=flip)
+    coupling = make_fused(module, flip=flip) or LibraryCoupling(
+        module, ["transform_net"], see_kept, run_coupling, flip=flip
+    )
     if module.unconditional_transform is None:
         return coupling
-    steps = [coupling, OnKept(module, flip=flip)]
+    on_kept = make_fused_on_kept(module, flip=flip) or OnKept(module, flip=flip)
+    steps = [coupling, on_kept]
     return Steps(module, steps[::-1] if flip else steps)
+
+
+def make_fused(module: nn.Module, *, flip: bool) -> FusedCoupling | None:
+    """Returns the layer of a coupling of which we have the formula, or None for another."""
+    if is_plain(module, "AdditiveCouplingTransform"):
+        said, formula = ask, make_formula(AdditiveCoupling)
+    elif is_plain(module, "AffineCouplingTransform") and has_default_scale(module):
+        said, formula = ask_affine, make_formula(AffineCoupling, scale="sigmoid")
+    elif is_plain(module, *RATIONAL_QUADRATIC):
+        said, formula = ask_spline, make_spline(module, module.num_bins)
+    else:
+        return None
+    where = partial(features, "transform_features")
+    return formula and FusedCoupling(module, ["transform_net"], said, where, formula, flip=flip)
+
+
+def make_fused_on_kept(module: nn.Module, *, flip: bool) -> FusedCoupling | None:
+    """Returns the layer of an unconditional transform that is a spline of ours, or None."""
+    name, transform = "unconditional_transform", module.unconditional_transform
+    if not is_plain(transform, "PiecewiseRationalQuadraticCDF"):
+        return None
+    formula = make_spline(transform, transform.unnormalized_widths.shape[-1])
+    where = partial(features, "identity_features")
+    return formula and FusedCoupling(module, [name], ask_unconditional, where, formula, flip=flip)
+
+
+def has_default_scale(module: nn.Module) -> bool:
+    """Tells whether the scale is the sigmoid, which later versions of nflows let users choose."""
+    default = getattr(type(module), "DEFAULT_SCALE_ACTIVATION", None)
+    return getattr(module, "scale_activation", None) is default
+
+
+def make_spline(module: nn.Module, bins: int) -> SplineCoupling | None:
+    """Returns the spline of a module as ours, if ours has its tails and limits."""
+    if module.tails != "linear":
+        return None
+    return make_formula(
+        SplineCoupling,
+        bins=bins,
+        bound=module.tail_bound,
+        min_width=module.min_bin_width,
+        min_height=module.min_bin_height,
+        min_slope=module.min_derivative,
+    )
 
 
 class OnKept(Called):
@@ -140,8 +203,39 @@ def has_cheap_inverse(module: nn.Module) -> bool:
     return has_inverse and not caches and not lost
 
 
+def features(name: str, module: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    """Tells where the features are of which a coupling holds the indices under this name."""
+    check_channels(type(module).__name__, x, module.features)
+    return slice(None), getattr(module, name)
+
+
 def see_kept(module: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Any, ...]:
     return x[:, module.identity_features], context
+
+
+def ask(module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    return module.transform_net(*see_kept(module, x, context))
+
+
+def ask_affine(module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    shift, raw = ask(module, x, context).chunk(2, 1)
+    return torch.cat((raw, shift), 1)
+
+
+def ask_spline(module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """Divides the logits of widths and heights by the root of the hidden size, as nflows does."""
+    h, net, bins = ask(module, x, context), module.transform_net, module.num_bins
+    hidden = getattr(net, "hidden_features", getattr(net, "hidden_channels", 1))
+    logits, slopes = h.unflatten(1, (-1, 3 * bins - 1)).split((2 * bins, bins - 1), 2)
+    return torch.cat((logits / hidden**0.5, slopes), 2).flatten(1, 2)
+
+
+def ask_unconditional(module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """Returns the parameters of an unconditional spline, the same for all samples."""
+    spline = module.unconditional_transform
+    parts = "unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives"
+    h = torch.cat([getattr(spline, part) for part in parts], -1).movedim(-1, 1).flatten(0, 1)
+    return h.expand(len(x), *h.shape)
 
 
 def run(

@@ -3,16 +3,20 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from revlib.autograd import is_altered
-from revlib.flows.adapters.layers import Called, Coupling, on_copy
+from revlib.flows.adapters.couplings import FusedCoupling, channels, is_plain, make_formula
+from revlib.flows.adapters.layers import Called, on_copy
 from revlib.flows.adapters.nflows import make_coupling
+from revlib.flows.couplings import AdditiveCoupling, AffineCoupling
 from revlib.flows.layer import FlowLayer
 from revlib.flows.sequential import FlowSequential
 from revlib.flows.split import Split
-from revlib.streams import Streams
 
 # Flows that go back by iterating, or not to where they came from, or that saturate; and base
 # classes of such flows.
@@ -27,6 +31,13 @@ NO_CHEAP_INVERSE = {
     "PeriodicWrap",
     "Planar",
     "Residual",
+}
+
+# What scale maps make of what a sub-network gives. None has the floor of our "sigmoid".
+LOG_SCALES = {
+    "exp": lambda raw: raw,
+    "sigmoid": lambda raw: -logsigmoid(raw + 2),
+    "sigmoid_inv": lambda raw: logsigmoid(raw + 2),
 }
 
 
@@ -106,11 +117,8 @@ def layers(module: object, *, flip: bool = True) -> Iterator[FlowLayer]:
         yield from layers(module.flows, flip=flip)
     elif kind is flows.Reverse:
         yield from layers(module.flow, flip=not flip)
-    elif kind is flows.AffineCouplingBlock:
-        yield make_affine_coupling(module, flip=flip)
-    elif kind is flows.MaskedAffineFlow:
-        networks = [name for name in ("s", "t") if name in module._modules]
-        yield Coupling(module, networks, see_masked, run, flip=flip)
+    elif has_our_formula(module):
+        yield make_fused(module, flip=flip)
     elif kind in (
         flows.CoupledRationalQuadraticSpline,
         flows.CircularCoupledRationalQuadraticSpline,
@@ -136,19 +144,59 @@ def has_cheap_inverse(module: nn.Module) -> bool:
     return type(module).inverse is not Flow.inverse and names.isdisjoint(NO_CHEAP_INVERSE)
 
 
-def make_affine_coupling(block: nn.Module, *, flip: bool) -> FlowLayer:
-    split, coupling, _ = block.flows
-    see, runner = partial(see_first, split), partial(run_on_pair, split)
-    return Coupling(coupling, ["param_map"], see, runner, flip=flip)
+def has_our_formula(module: nn.Module) -> bool:
+    """Tells whether a flow is an affine coupling that computes what ours do."""
+    if is_plain(module, "MaskedAffineFlow"):
+        return bool(((module.b == 0) | (module.b == 1)).all())
+    if not is_plain(module, "AffineCouplingBlock"):
+        return False
+    _, coupling, _ = module.flows
+    plain = map(is_plain, module.flows, ("Split", "AffineCoupling", "Merge"))
+    return all(plain) and (not coupling.scale or coupling.scale_map in LOG_SCALES)
 
 
-def see_first(split: nn.Module, module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
+def make_fused(module: nn.Module, *, flip: bool) -> FusedCoupling:
+    formula = make_formula(AffineCoupling, scale="exp")
+    if type(module).__name__ == "MaskedAffineFlow":
+        networks = [name for name in ("s", "t") if name in module._modules]
+        where = partial(channels, slice(None))
+        return FusedCoupling(module, networks, ask_masked, where, formula, flip=flip)
+    split, coupling, _ = module.flows
+    if not coupling.scale:
+        formula = make_formula(AdditiveCoupling)
+    ask, where = partial(ask_first, split), partial(second, split)
+    return FusedCoupling(coupling, ["param_map"], ask, where, formula, flip=flip)
+
+
+def ask_first(split: nn.Module, module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """Asks about the half that is kept."""
     (x1, _), _ = split(x)
-    return (x1,)
+    h = module.param_map(x1)
+    if not module.scale:
+        return h
+    shift, raw = h[:, 0::2], h[:, 1::2]
+    return torch.cat((LOG_SCALES[module.scale_map](raw), shift), 1)
 
 
-def see_masked(module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
-    return (module.b * x,)
+def ask_masked(module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """Asks about what is kept; the rest, multiplied by 1 and shifted by 0, stays as it is."""
+    kept = module.b * x
+    return torch.cat([(1 - module.b) * f(kept) for f in (module.s, module.t)], 1)
+
+
+def second(split: nn.Module, module: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    """Tells where the second of the two halves is into which normflows splits a stream."""
+    if "checkerboard" not in split.mode:
+        half = (x.shape[1] + 1) // 2
+        return slice(None), slice(half) if "inv" in split.mode else slice(half, None)
+    # Every other element of the last dimension, from the first or the second, as the sum of the
+    # other indices is even or odd.
+    others = [
+        torch.arange(n, device=x.device).view(-1, *(1,) * (x.ndim - 1 - dim))
+        for dim, n in enumerate(x.shape[1:-1], 1)
+    ]
+    start = (sum(others) + ("inv" in split.mode)) % 2
+    return slice(None), *others, torch.arange(0, x.shape[-1], 2, device=x.device) + start
 
 
 def run(
@@ -162,11 +210,3 @@ def run_with_context(
 ) -> tuple[Tensor, Tensor]:
     args = (x,) if context is None else (x, context)
     return module.inverse(*args) if inverse else module(*args)
-
-
-def run_on_pair(
-    split: nn.Module, module: nn.Module, x: Tensor, context: Tensor | None, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    pair, _ = split(x)
-    pair, log_det = module.inverse(pair) if inverse else module(pair)
-    return split.inverse(pair)[0], log_det

@@ -1,0 +1,54 @@
+"""Finds the block at fault: the first that makes a number infinite or NaN, or that drifts."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from revlib.autograd import Leg, run_chain, take_latents
+from revlib.finite import is_finite
+from revlib.guard import Probe
+from revlib.streams import Stream
+
+
+def find_nonfinite(
+    legs: Sequence[Leg], x: Stream, context: Tensor | None, latents: Sequence[Tensor] = ()
+) -> str:
+    """Runs legs one by one, and says where the first number comes from that is not finite."""
+    if not is_finite(*(t for t in tree_leaves((x, latents, context)) if t is not None)):
+        return "what was put in is not finite"
+    latents = list(latents)
+    legs = [replace(leg, block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
+    with torch.no_grad(), torch.random.fork_rng():
+        for leg in legs:
+            outcome = run_chain([leg], x, context, take_latents(leg, latents))
+            x, (extra,) = outcome.stream, outcome.extras
+            log_det, *left = extra or (None,)
+            if log_det is not None and not is_finite(log_det):
+                sample = log_det.isfinite().int().argmin().item()
+                return f"{leg.label} made the log_det of sample {sample} {log_det[sample]}"
+            if not is_finite(*tree_leaves(x), *left):
+                return f"{leg.label} made its result infinite or NaN"
+    largest = max((t.abs().max().item() for t in tree_leaves(x) if t.numel()), default=0.0)
+    return f"all blocks are finite; what comes out is up to {largest:.3g}"
+
+
+def find_drift(
+    legs: Sequence[Leg],
+    x: Stream,
+    context: Tensor | None,
+    latents: Sequence[Tensor] = (),
+    *,
+    exact: bool = False,
+) -> str:
+    """Runs legs forward and back, and says where what is rebuilt is first far from what it was."""
+    probe = Probe()
+    x, latents = tree_map(lambda t: t.detach().requires_grad_(), (x, tuple(latents)))
+    with torch.enable_grad(), torch.random.fork_rng():
+        outcome = run_chain(legs, x, context, latents, exact=exact, guard=probe)
+        leaving = [t for t in tree_leaves((outcome.stream, outcome.extras)) if t is not None]
+        sum(t.sum() for t in leaving).backward()
+    return probe.report()

@@ -1,0 +1,156 @@
+"""The drift guard: how far what a chain rebuilds is from what it was.
+
+Rounding errors of a rebuilt stream add up with depth, and a wrong inverse shows in nothing but
+wrong gradients. So of the stream that enters a stretch of rebuilt blocks a few values are kept,
+and compared with what backward makes of them at the end of the stretch.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revlib.streams import Streams
+
+# Of each stretch; of a small stream one in SHARE.
+POSITIONS = 4096
+SHARE = 16
+
+
+class DriftWarning(UserWarning):
+    """What a chain rebuilt in backward is far from what it was, and so are its gradients."""
+
+
+class Guard:
+    """Takes samples of a chain's streams and tells what they say.
+
+    Attributes:
+        chain: What warnings call the chain.
+        error: The largest error of the latest backward pass, relative to the largest value of the
+            sample, as a tensor on the stream's device; None before there was one.
+    """
+
+    def __init__(self, chain: str = "") -> None:
+        self.chain = chain
+        self.error: Tensor | None = None
+        self._arriving: tuple[str, float, Tensor, Any] | None = None
+
+    def __reduce__(self) -> tuple[type["Guard"], tuple[()]]:
+        return type(self), ()  # a copy of a chain has run no backward
+
+    def sample(self, streams: Streams, *, starts: bool) -> Streams:
+        """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does."""
+        if not starts or not all(map(has_values, streams)):
+            return ()
+        return tuple(spread(x, len(streams)).clone() for x in streams)
+
+    def compare(self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None) -> Tensor:
+        """Notes how far a rebuilt input is off; returns that or `worst`, whichever is worse.
+
+        Args:
+            label: What warnings call the block.
+            kept: What `sample` returned.
+            rebuilt: The rebuilt input, in the layout of the original.
+            worst: What was found before in this backward pass, or None.
+        """
+        error = relative_error(kept, tuple(spread(x, len(rebuilt)) for x in rebuilt))
+        self._say(f"{self.chain}, from {label}", tolerance(kept), error)
+        self.error = error if worst is None else torch.maximum(worst, error)
+        return self.error
+
+    def look(self) -> None:
+        """Warns of the latest error on a GPU, if it has arrived: nothing waits for it."""
+        if self._arriving is not None:
+            label, bound, error, event = self._arriving
+            if event.query():
+                self._arriving = None
+                warn(label, bound, error.item())
+
+    def _say(self, label: str, bound: float, error: Tensor) -> None:
+        if error.is_cuda:
+            copy = torch.empty((), dtype=error.dtype, pin_memory=True)
+            copy.copy_(error, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._arriving = label, bound, copy, event
+        else:
+            warn(label, bound, error.item())
+
+
+class Probe(Guard):
+    """Looks at the whole input of every rebuilt block.
+
+    Attributes:
+        errors: The blocks' labels, with the errors of their rebuilt inputs and what is tolerable,
+            from the last block to the first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[tuple[str, float, float]] = []
+
+    def sample(self, streams: Streams, *, starts: bool) -> Streams:
+        return tuple(x.clone() for x in streams)
+
+    def compare(self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None) -> Tensor:
+        error = relative_error(kept, rebuilt)
+        self.errors.append((label, error.item(), tolerance(kept)))
+        return error
+
+    def report(self) -> str:
+        """Says which block is the first one, from the end of the chain, to be off."""
+        worst = 0.0
+        for label, error, bound in self.errors:
+            if not error <= bound:
+                return (
+                    f"{label} is the first to drift: its rebuilt input is off by {error:.1e} of "
+                    f"its largest value, and those of the blocks behind it by {worst:.1e} at most"
+                )
+            worst = max(worst, error)
+        if not self.errors:
+            return "nothing drifts: no block is rebuilt"
+        return (
+            f"nothing drifts: rebuilt inputs are off by {worst:.1e} of their largest value at most"
+        )
+
+
+def has_values(x: Tensor) -> bool:
+    """Tells whether there are values to look at: not in fake tensors and their like."""
+    return type(x) is Tensor and x.device.type != "meta" and x.numel() > 0
+
+
+def spread(x: Tensor, n_streams: int) -> Tensor:
+    """Returns the values at fixed places all over `x`, which is dense."""
+    # In the order of memory, which for channels_last is not that of a view of the whole; a sample
+    # of both halves of a pair is as long as one of the whole.
+    flat = x.detach().as_strided((x.numel(),), (1,))
+    n = max(1, min(POSITIONS // n_streams, len(flat) // SHARE))
+    # An odd step meets all rows and columns where sizes are powers of two.
+    step = max(1, (len(flat) // n - 1) | 1)
+    return flat[::step][:n]
+
+
+def relative_error(kept: Streams, rebuilt: Streams) -> Tensor:
+    errors, sizes = [], []
+    for true, x in zip(kept, rebuilt, strict=True):
+        errors.append((x - true).abs().amax())
+        sizes.append(true.abs().amax())
+    size = torch.stack(sizes).amax()
+    return torch.stack(errors).amax() / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def tolerance(streams: Streams) -> float:
+    """What rounding alone stays below, unless it has added up."""
+    return 3 * max(torch.finfo(x.dtype).eps for x in streams) ** 0.5
+
+
+def warn(label: str, bound: float, error: float) -> None:
+    if not error <= bound:
+        warnings.warn(
+            f"{label}: what backward rebuilt is off by {error:.1e} of its largest value, and the "
+            "gradients are off, too. Build the chain with exact=True, anchor it by "
+            "policy=revlib.anchored(...), or look for the block with chain.find_drift(x)",
+            DriftWarning,
+            stacklevel=2,
+        )

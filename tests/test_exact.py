@@ -1,0 +1,528 @@
+"""Exact chains: what backward rebuilds is what was, to the last bit, and so are the gradients."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from chains import CASES, conv, coupling, mlp, over
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import revlib
+from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential, flows
+from revlib.memory import measure_step
+
+FLOAT32_LIMIT = 4096.0
+STEP = 2.0**-12
+
+
+def exact(chain: ReversibleSequential) -> ReversibleSequential:
+    """Makes the chain exact, and those among its blocks."""
+    for module in chain.modules():
+        if isinstance(module, ReversibleSequential):
+            module.exact = True
+    return chain
+
+
+def stored(chain: ReversibleSequential) -> ReversibleSequential:
+    """A copy that plain autograd runs, anchors included: a chain that is stored as a block."""
+    twin = copy.deepcopy(chain)
+    return type(chain)(twin, policy="store", exact=True)
+
+
+def loss_of(y: Tensor | tuple) -> Tensor:
+    return sum(
+        (part.float().sin() * torch.linspace(1, 2, part.numel()).to(part).view_as(part)).sum()
+        for part in tree_leaves(y)
+    )
+
+
+def step(
+    chain: ReversibleSequential, args: tuple, run: Callable | None = None
+) -> dict[str, Tensor | None]:
+    """Returns what the chain gives, and the gradients of inputs and parameters, by name."""
+    torch.manual_seed(2)
+    y = (run or chain)(*args)
+    loss_of(y).backward()
+    results = {f"y{i}": part.detach() for i, part in enumerate(tree_leaves(y))}
+    results |= {f"dx{i}": leaf.grad for i, leaf in enumerate(tree_leaves(args))}
+    return results | {f"dparameter{i}": p.grad for i, p in enumerate(chain.parameters())}
+
+
+def assert_equal(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
+    assert got.keys() == want.keys()
+    assert any(t is not None and t.count_nonzero() for name, t in got.items() if "y" not in name)
+    for name, one in got.items():
+        other = want[name]
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one, other), f"{name}: {(one - other).abs().max()}"
+
+
+def in_dtype(args: tuple, dtype: torch.dtype) -> tuple:
+    return tree_map(lambda x: x.detach().clone().to(dtype).requires_grad_(), args)
+
+
+# Of what meets several evaluations in one block the gradients are added per block: the same sum,
+# in another order. A block that is no exact one cannot be asked to be rebuilt.
+every_exact_case = over(
+    without=lambda case: (
+        case.context
+        or any(case is CASES[name] for name in ("tied-changing-buffer", "mixed-blocks"))
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.float], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@every_exact_case
+def test_gradients_equal_the_stored_runs_bit_for_bit(case, direction, dtype, device):
+    chain = exact(case.make(device)).to(dtype)
+    args = in_dtype(case.inputs(device), dtype)
+    if direction == "inverse":
+        with torch.no_grad():
+            args = (case.stream_of(copy.deepcopy(chain)(*args)), *args[1:])
+        args = in_dtype(args, dtype)
+    twin, twin_args = stored(chain), copy.deepcopy(args)
+
+    got = step(chain, args, getattr(chain, direction))
+
+    assert_equal(got, step(twin, twin_args, getattr(twin, direction)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half], ids=str)
+@pytest.mark.parametrize("how", ["autocast", "module"])
+@pytest.mark.parametrize("name", ["conv-batchnorm", "dropout", "flow", "flow-spline-checkerboard"])
+def test_half_precision_changes_nothing_of_it(name, how, dtype, device):
+    case = CASES[name]
+    chain = exact(case.make(device)).to(dtype if how == "module" else torch.float)
+    args = in_dtype(case.inputs(device), dtype if how == "module" else torch.float)
+    twin, twin_args = stored(chain), copy.deepcopy(args)
+
+    def run(chain: ReversibleSequential) -> Callable:
+        def call(*args: Tensor) -> Tensor | tuple:
+            with torch.autocast(device.type, dtype, enabled=how == "autocast"):
+                return chain(*args)
+
+        return call
+
+    got, want = step(chain, args, run(chain)), step(twin, twin_args, run(twin))
+
+    assert_equal(got, want)
+    # What came in half precision leaves in it; under autocast the stream is float32.
+    assert got["y0"].dtype == (dtype if how == "module" else torch.float)
+
+
+def deep(depth: int, **options: object) -> ReversibleSequential:
+    torch.manual_seed(0)
+
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(2, 2, 3, padding=1)
+        )
+
+    blocks = (AdditiveCoupling(net(), net()) for _ in range(depth))
+    return ReversibleSequential(*blocks, exact=True, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.half], ids=str)
+def test_a_thousand_blocks_with_dropout_and_batch_norm_are_rebuilt_bit_for_bit(dtype, device):
+    chain = deep(1000).to(device)
+    x = torch.randn(2, 4, 4, 4, device=device, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    def run(chain: ReversibleSequential) -> Callable:
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                return chain(x)
+
+        return call
+
+    got, want = step(chain, (x,), run(chain)), step(twin, (twin_x,), run(twin))
+
+    assert_equal(got, want)
+    assert_equal(dict(chain.named_buffers()), dict(twin[0].named_buffers()))
+
+
+def glow(steps: int, **options: object) -> flows.FlowSequential:
+    torch.manual_seed(0)
+    layers = [flows.Squeeze()]
+    for _ in range(steps):
+        layers += [flows.ActNormConv1x1(8), flows.AffineCoupling(conv(4, 8), scale="sigmoid")]
+    return flows.FlowSequential(*layers, flows.Split(nn.Conv2d(4, 8, 1)), exact=True, **options)
+
+
+@pytest.mark.slow
+def test_a_glow_of_128_steps_is_rebuilt_bit_for_bit_while_it_is_trained(device):
+    chain = glow(128).to(device)
+    with torch.no_grad():
+        chain(torch.randn(16, 2, 8, 8, device=device))
+    twin = copy.deepcopy(chain)
+    twin.policy = "store"
+    pairs = [(each, torch.optim.Adam(each.parameters(), 1e-3)) for each in (chain, twin)]
+
+    for _ in range(5):
+        x = torch.randn(4, 2, 8, 8, device=device)
+        gradients = []
+        for each, optimizer in pairs:
+            optimizer.zero_grad()
+            (left, z), log_det = each(x)
+            (left.square().sum() + z.square().sum() - 2 * log_det.sum()).div(len(x)).backward()
+            gradients.append({name: p.grad for name, p in each.named_parameters()})
+            optimizer.step()
+        assert_equal(*gradients)
+
+
+def test_channels_last_stays_and_changes_nothing_of_it(device):
+    case = CASES["conv-batchnorm"]
+    chain = exact(case.make(device)).float().to(memory_format=torch.channels_last)
+    (x,) = in_dtype(case.inputs(device), torch.float)
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    got = step(chain, (x,))
+
+    assert_equal(got, step(twin, (twin_x,)))
+    assert got["y0"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_gradient_scaler_changes_nothing_of_it(device):
+    def train(chain: ReversibleSequential) -> dict[str, Tensor]:
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+        optimizer = torch.optim.SGD(chain.parameters(), 0.1)
+        for i in range(3):
+            torch.manual_seed(i)
+            x = torch.randn(4, 6, 4, 4, device=device)
+            with torch.autocast(device.type, torch.half):
+                loss = chain(x).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return dict(chain.named_parameters())
+
+    chain = exact(CASES["dropout"].make(device)).float()
+    twin, start = stored(chain), copy.deepcopy(dict(chain.named_parameters()))
+
+    got = train(chain)
+
+    assert_equal(got, dict(zip(got, train(twin).values(), strict=True)))
+    assert not any(torch.equal(got[name], start[name]) for name in got if "weight" in name)
+
+
+def test_a_second_backward_gives_the_same_gradients(device):
+    chain = glow(3).to(device)
+    leaves = [torch.randn(4, 2, 8, 8, device=device, requires_grad=True), *chain.parameters()]
+    loss = loss_of(chain(leaves[0]))
+
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+
+    assert all(map(torch.equal, first, second))
+
+
+def test_two_forwards_before_a_backward_keep_states_of_their_own(device):
+    chain = glow(3).to(device)
+    xs = [torch.randn(4, 2, 8, 8, device=device) for _ in range(2)]
+    alone = [torch.autograd.grad(loss_of(chain(x)), list(chain.parameters())) for x in xs]
+
+    losses = [loss_of(chain(x)) for x in xs]
+    together = [torch.autograd.grad(loss, list(chain.parameters())) for loss in losses]
+
+    for one, other in zip(alone, together, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("make", [deep, glow])
+def test_anchors_and_stored_blocks_between_rebuilt_ones_change_nothing_of_it(make, device):
+    policies = ["rebuild", "recompute", "rebuild", "rebuild", "store", "rebuild", "recompute"]
+    chain = make(8).to(device)
+    chain.policy = [policies[i % 7] for i in range(len(chain))]
+    channels = 4 if make is deep else 2
+    x = torch.randn(3, channels, 8, 8, device=device, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    with torch.no_grad():
+        without = tree_leaves(chain(x))
+
+    got = step(chain, (x,))
+
+    assert_equal(got, step(twin, (twin_x,)))
+    if make is glow:  # the other one has dropout
+        assert all(torch.equal(y, got[f"y{i}"]) for i, y in enumerate(without))
+
+
+def test_an_additive_chain_inverts_to_the_last_bit_whatever_its_depth(device):
+    net = lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh())  # noqa: E731
+    blocks = (AdditiveCoupling(net(), net()) for _ in range(200))
+    chain = ReversibleSequential(*blocks, exact=True).to(device)
+    x = torch.randint(-4096, 4096, (2, 4, 4, 4), device=device) * STEP
+
+    with torch.no_grad():
+        again = chain.inverse(chain(x))
+
+    assert torch.equal(again, x)
+
+
+def test_the_stream_is_rounded_to_the_grid_and_the_gradient_passes_straight_through(device):
+    chain = ReversibleSequential(AdditiveCoupling(nn.Identity(), nn.Identity()), exact=True)
+    x = torch.tensor([[0.3 * STEP, 7.7 * STEP]], device=device, requires_grad=True)
+
+    y = chain(x)
+    y.sum().backward()
+
+    assert (y / STEP).tolist() == [[8.0, 16.0]]
+    assert x.grad.tolist() == [[2.0, 3.0]]
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+def test_exact_chains_are_within_rounding_of_the_others(policy, device):
+    for name in ("conv-batchnorm", "flow", "flow-multi-scale"):
+        case = CASES[name]
+        chain, args = case.make(device).float(), in_dtype(case.inputs(device), torch.float)
+        with torch.no_grad():
+            case.stream_of(chain(*args))  # the first batch of an ActNorm
+        rounded = exact(copy.deepcopy(chain))
+        rounded.policy = policy
+
+        got, want = step(rounded, copy.deepcopy(args)), step(chain, args)
+
+        for key in want:
+            if want[key] is not None:
+                scale = want[key].abs().max().item()
+                torch.testing.assert_close(got[key], want[key], rtol=0, atol=0.02 * scale + STEP)
+
+
+def test_each_sub_network_is_evaluated_twice(device):
+    chain = glow(2).to(device)
+    calls = []
+    for module in chain.modules():
+        if isinstance(module, flows.AffineCoupling):
+            module.conditioner.register_forward_hook(lambda *_: calls.append("net"))
+
+    loss_of(chain(torch.randn(2, 2, 8, 8, device=device))).backward()
+
+    assert len(calls) == 2 * 2
+
+
+def peak_and_saved(make: Callable, depth: int, channels: int, device) -> tuple[int, int]:
+    chain = make(depth).to(device)
+    x = torch.randn(2, channels, 8, 8, device=device)
+    loss_of(chain(x)).backward()
+    chain.zero_grad()
+    weights = [torch.ones_like(part) for part in tree_leaves(chain(x))]
+
+    def run() -> None:
+        leaves = tree_leaves(chain(x))
+        sum((y * w).sum() for y, w in zip(leaves, weights, strict=True)).backward()
+
+    memory = measure_step(run, model=chain)
+    return memory.peak.activations, memory.saved.activations
+
+
+@pytest.mark.parametrize("make", [deep, glow])
+def test_memory_does_not_grow_with_depth(make):
+    channels = 4 if make is deep else 2
+    measured = {peak_and_saved(make, depth, channels, "cpu") for depth in (2, 3, 9)}
+
+    assert len(measured) == 1
+
+
+def test_saved_is_the_output_and_where_the_chain_scales_a_state_of_8_bytes_per_element():
+    elements = 2 * 2 * 8 * 8
+    log_det = 2 * 4
+
+    _, of_additive = peak_and_saved(deep, 3, 4, "cpu")
+    _, of_scaling = peak_and_saved(glow, 3, 2, "cpu")
+
+    assert of_additive == 4 * (2 * elements)
+    assert of_scaling == 4 * elements + 8 * elements + log_det
+
+
+class Louder(nn.Module):
+    """A sub-network that is as loud as it is told."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def growing(factor: float) -> ReversibleSequential:
+    blocks = [AdditiveCoupling(Louder(f), Louder(0.0)) for f in (1.0, factor, 1.0)]
+    return ReversibleSequential(*blocks, exact=True)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("factor", [1e4, float("inf"), float("nan")])
+def test_a_stream_out_of_range_raises_and_names_the_block(factor, grad):
+    chain = growing(factor)
+    x = torch.ones(2, 4, requires_grad=grad)
+
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(OverflowError, match=r"block 1 \(AdditiveCoupling\): .* below 4096 .*exact"),
+    ):
+        chain(x)
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+def test_an_input_out_of_range_raises(policy):
+    chain = deep(2, policy=policy)
+
+    with pytest.raises(OverflowError, match=r"the input of the chain: .*finite values below 4096"):
+        chain(torch.full((2, 4, 4, 4), FLOAT32_LIMIT))
+
+    chain(torch.full((2, 4, 4, 4), FLOAT32_LIMIT - 1000))
+
+
+def shrinking(depth: int, **options: object) -> flows.FlowSequential:
+    layers = [flows.DiagonalScaling((4,)) for _ in range(depth)]
+    for layer in layers:
+        nn.init.constant_(layer.log_scale, -3.0)
+    return flows.FlowSequential(*layers, exact=True, **options)
+
+
+def test_a_full_state_raises_and_a_recomputed_block_empties_it():
+    x = torch.ones(2, 4, requires_grad=True)
+
+    with pytest.raises(OverflowError, match=r"block 1\d \(DiagonalScaling\): .*'recompute'"):
+        shrinking(20)(x)
+
+    chain = shrinking(18, policy=["rebuild"] * 9 + ["recompute"] + ["rebuild"] * 8)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+    assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
+
+
+class Turn(InvertibleModule):
+    """A block of the user's own, which knows nothing of exact arithmetic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(1) * 1.1
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.flip(1) / 1.1
+
+
+def test_blocks_that_cannot_be_exact_are_recomputed_and_their_output_is_rounded():
+    chain = ReversibleSequential(coupling(mlp, 2), Turn(), coupling(mlp, 2), exact=True)
+    x = torch.randn(3, 4, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    assert chain.policies() == ["rebuild", "recompute", "rebuild"]
+    got = step(chain, (x,))
+    assert_equal(got, step(twin, (twin_x,)))
+    assert torch.equal((got["y0"] / STEP).round() * STEP, got["y0"])
+
+
+def test_asking_to_rebuild_a_block_that_cannot_be_exact_raises():
+    with pytest.raises(ValueError, match=r"block 1 \(Turn\) cannot be rebuilt exactly; give it"):
+        ReversibleSequential(coupling(mlp, 2), Turn(), policy=["rebuild"] * 2, exact=True)
+
+
+def test_a_block_with_hooks_is_recomputed_and_its_hooks_fire():
+    chain = deep(3)
+    fired = []
+    chain[1].register_forward_hook(lambda *_: fired.append("hook"))
+    x = torch.randn(2, 4, 4, 4, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
+    assert len(fired) == 2 + 1
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_a_chain_among_the_blocks_computes_as_it_says_itself(outer):
+    inner = deep(2).eval()
+    chain = ReversibleSequential(coupling(conv, 2).eval(), inner, exact=outer)
+    x = torch.randint(-4096, 4096, (2, 4, 4, 4)) * STEP
+
+    with torch.no_grad():
+        y = chain[0](x)
+        y = chain(x) if outer else inner(y)
+        again = inner.inverse(y)
+
+    assert torch.equal((y / STEP).round() * STEP, y)
+    assert torch.equal(inner(again), y)
+
+
+def test_options_are_checked_and_shown():
+    with pytest.raises(TypeError, match="exact must be True or False; got 12"):
+        ReversibleSequential(exact=12)
+
+    assert "exact=True" in repr(deep(1)) and "exact" not in repr(ReversibleSequential())
+    assert deep(3)[1:].exact and not ReversibleSequential(coupling(mlp, 2))[:1].exact
+
+
+def test_complex_streams_are_refused():
+    chain = ReversibleSequential(AdditiveCoupling(nn.Identity(), nn.Identity()), exact=True)
+
+    with pytest.raises(TypeError, match="exact chain takes real floating-point tensors; got"):
+        chain(torch.zeros(2, 4, dtype=torch.complex64))
+
+
+def test_copies_pickles_and_state_dicts_are_those_of_any_chain():
+    chain = glow(2)
+    loss_of(chain(torch.randn(2, 2, 8, 8))).backward()
+    file = io.BytesIO()
+    torch.save(chain.state_dict(), file)
+    file.seek(0)
+
+    other = pickle.loads(pickle.dumps(copy.deepcopy(chain)))
+    other.load_state_dict(torch.load(file))
+
+    x = torch.randn(2, 2, 8, 8)
+    assert other.exact
+    assert all(map(torch.equal, tree_leaves(other.eval()(x)), tree_leaves(chain.eval()(x))))
+
+
+@pytest.mark.parametrize("make", [deep, glow])
+@torch.no_grad()
+def test_calls_without_gradients_compile_into_one_graph(make):
+    chain = make(2).eval()
+    x = torch.randn(2, 4 if make is deep else 2, 8, 8)
+    want = chain(x)
+
+    got = torch.compile(chain, fullgraph=True, backend="aot_eager")(x)
+
+    assert all(map(torch.equal, tree_leaves(got), tree_leaves(want)))
+
+
+@pytest.mark.parametrize("name", ["conv-batchnorm", "flow-multi-scale", "own-block"])
+def test_an_empty_batch_passes(name, device):
+    case = CASES[name]
+    chain = exact(case.make(device)).eval()
+    x = case.inputs(device)[0][:0].detach().requires_grad_()
+
+    loss_of(chain(x)).backward()
+
+    assert x.grad.shape == x.shape
+
+
+def test_transforms_of_torch_func_are_refused():
+    chain = deep(1, policy="store").eval()
+
+    with pytest.raises(NotImplementedError, match=r"torch\.func transforms take no exact chain"):
+        torch.func.vmap(chain)(torch.zeros(2, 1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", ["conv-batchnorm", "flow", "flow-multi-scale", "flow-nested"])
+def test_kernels_change_nothing_of_it(name, direction):
+    case = CASES[name]
+    chain = exact(case.make()).float()
+    args = in_dtype(case.inputs(), torch.float)
+    with revlib.use_kernels(True):
+        if direction == "inverse":
+            with torch.no_grad():
+                args = in_dtype((case.stream_of(chain(*args)),), torch.float)
+        twin, twin_args = stored(chain), copy.deepcopy(args)
+
+        got = step(chain, args, getattr(chain, direction))
+
+        assert_equal(got, step(twin, twin_args, getattr(twin, direction)))
