@@ -22,6 +22,7 @@ EXACTNESS = Parts(
     peers={
         "chains": [peer for peer in REQUIREMENTS if not peer.startswith("revlib")],
         "flows": [],
+        "training": [],
         "cost": [],
         "anchors": [],
     },
