@@ -132,8 +132,12 @@ def draw_exact_additive(batch, side, dtype, normal):
 
 
 def draw_exact_coupling(batch, side, dtype, normal, *, gradients=False):
-    """The stream and its gradient are float32 in any case, and the stream is on the grid."""
+    """The stream and its gradient are float32 in any case, and the stream is on the grid.
+
+    Raw log-scales are whole and small: the S of these is the same however exp is rounded.
+    """
     x, h, *more = draw_coupling(batch, side, dtype, normal, gradients=gradients)
+    h = h.round().clamp(-3, 3)
     return on_grid(x), h, new_state(x), *(gradient.float() for gradient in more)
 
 

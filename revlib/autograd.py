@@ -49,6 +49,7 @@ class Leg:
     block: nn.Module
     label: str
     policy: Policy
+    is_anchor: bool
     parameters: Streams
     whole: bool
     is_exact: bool
@@ -61,8 +62,19 @@ class Leg:
         return self.run(self.block, streams, evaluate)
 
 
-def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = False) -> Leg:
-    """Returns the leg for a block, which is called whole unless its methods on streams serve."""
+def make_leg(
+    block: nn.Module, name: str, policy: Policy, *, is_anchor: bool, inverse: bool = False
+) -> Leg:
+    """Returns the leg for a block, which is called whole unless its methods on streams serve.
+
+    Args:
+        block: The block.
+        name: Its name in the chain.
+        policy: The policy to run it under.
+        is_anchor: Whether its own policy is "recompute", so that a state of exact arithmetic
+            begins anew: under any other policy, and without gradients, the function is the same.
+        inverse: Whether to run it the other way round.
+    """
     held = [p for part in parts_of(block) for p in part._parameters.values()]
     parameters = tuple(p for p in dict.fromkeys(held) if p is not None)
     if any(isinstance(p, UninitializedTensorMixin) for p in parameters):
@@ -73,6 +85,7 @@ def make_leg(block: nn.Module, name: str, policy: Policy, *, inverse: bool = Fal
         block,
         f"block {name} ({type(block).__name__})",
         policy,
+        is_anchor,
         parameters,
         whole,
         not whole and block.can_be_exact,
@@ -134,6 +147,8 @@ def run_chain(
         if keeps_all:
             return _run_storing(legs, streams, entry, context, latents, None)
         return _run_rebuilding(legs, streams, entry, context, latents, Tape(None, guard))
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("torch.func transforms take no exact chain; use exact=False")
     arithmetic = Exact.of(streams)
     streams = arithmetic.enter(streams, "the input of the chain")
     latents = list(arithmetic.enter(latents, "the latents of the chain"))
@@ -256,7 +271,8 @@ def _store(
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
-    outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
+    with recording(exact, anew=leg.is_anchor):
+        outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
     check_finite(leg.label, "what it returned", outputs)
     streams, extra = _cut(outputs, inner)
     if exact is not None and not leg.is_exact:
@@ -303,6 +319,8 @@ class Tape:
         streams: The stream.
         state_bytes: The bytes of replay state that all nodes keep.
         error: What the guard has found so far in this backward pass.
+        context_gradient: The context's gradient so far in this backward pass. The node that begins
+            a stretch returns the whole of it, added up in the order in which autograd would have.
     """
 
     exact: Exact | None
@@ -310,6 +328,7 @@ class Tape:
     streams: Streams | None = None
     state_bytes: int = 0
     error: Tensor | None = None
+    context_gradient: Tensor | None = None
 
     def take(self) -> Streams:
         """Returns the stream and lets go of it, so that it can be freed as it is used up."""
@@ -354,7 +373,7 @@ class BlockFunction(torch.autograd.Function):
         latents, parameters = others[: leg.n_latents], others[leg.n_latents :]
         evaluate = Record(context, leg.label, exact)
         entered = node.enter(arriving)
-        with recording(exact, anew=leg.policy == "recompute") as use:
+        with recording(exact, anew=leg.is_anchor) as use:
             outputs = leg((*entered, *latents), evaluate)
         check_finite(leg.label, "what it returned", outputs)
         outputs, extra = _cut(outputs, node.form)
@@ -403,6 +422,8 @@ class BlockFunction(torch.autograd.Function):
         del saved, rest
         if ctx.keeps_state:
             tape.exact.state, tape.exact.borrowed = state, True
+        if node.keeps_output:
+            tape.error = tape.context_gradient = None
         evaluate = Replay(
             ctx.evaluations,
             ctx.parameters,
@@ -412,6 +433,7 @@ class BlockFunction(torch.autograd.Function):
             in_order=ctx.recompute,
             exact=tape.exact,
         )
+        evaluate.context_gradient = tape.context_gradient
 
         gradients, extra = _cut(gradients, node.form_out)
         gradients = (*convert(gradients, node.form_out, node.form), *extra)
@@ -440,7 +462,9 @@ class BlockFunction(torch.autograd.Function):
         check_finite(leg.label, "the gradient of its input", gradients)
         gradients, extra = _cut(gradients, node.form)
         gradients = convert(gradients, node.form, node.form_in)
-        return None, None, evaluate.context_gradient, *gradients, *extra, *evaluate.gradients
+        tape.context_gradient = evaluate.context_gradient if node.previous else None
+        dcontext = None if node.previous else evaluate.context_gradient
+        return None, None, dcontext, *gradients, *extra, *evaluate.gradients
 
 
 def _cut(tensors: Sequence[Any], form: Form) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

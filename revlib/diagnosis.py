@@ -15,23 +15,25 @@ from revlib.streams import Stream
 
 
 def find_nonfinite(
-    legs: Sequence[Leg], x: Tensor, context: Tensor | None, latents: Sequence[Tensor] = ()
+    legs: Sequence[Leg], x: Stream, context: Tensor | None, latents: Sequence[Tensor] = ()
 ) -> str:
     """Runs legs one by one, and says where the first number comes from that is not finite."""
-    if not is_finite(x, *latents, *(() if context is None else (context,))):
+    if not is_finite(*(t for t in tree_leaves((x, latents, context)) if t is not None)):
         return "what was put in is not finite"
     latents = list(latents)
     legs = [replace(leg, block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
     with torch.no_grad(), torch.random.fork_rng():
         for leg in legs:
             outcome = run_chain([leg], x, context, take_latents(leg, latents))
-            x, ((log_det, *left),) = outcome.stream, outcome.extras
+            x, (extra,) = outcome.stream, outcome.extras
+            log_det, *left = extra or (None,)
             if log_det is not None and not is_finite(log_det):
                 sample = log_det.isfinite().int().argmin().item()
                 return f"{leg.label} made the log_det of sample {sample} {log_det[sample]}"
-            if not is_finite(x, *left):
+            if not is_finite(*tree_leaves(x), *left):
                 return f"{leg.label} made its result infinite or NaN"
-    return f"all layers are finite; what comes out is up to {x.abs().max().item():.3g}"
+    largest = max((t.abs().max().item() for t in tree_leaves(x) if t.numel()), default=0.0)
+    return f"all blocks are finite; what comes out is up to {largest:.3g}"
 
 
 def find_drift(

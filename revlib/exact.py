@@ -143,8 +143,11 @@ class Exact:
 
     def slot(self, x: Tensor) -> Tensor:
         """Returns the part of the state that a scaling of `x` changes, shaped like `x`."""
-        start, n = self.replayed.pop() if self.replayed is not None else self._next_columns(x)
-        self.used.append((start, n))
+        if self.replayed is None:
+            start, n = self._next_columns(x)
+            self.used.append((start, n))
+        else:
+            start, n = self.replayed.pop()
         if self.state is None:
             self.state = self._fresh(x, max(self.width, start + n))
         elif start + n > self.state.shape[1]:
@@ -174,12 +177,13 @@ class Exact:
         """Gives tensors back in the caller's dtype, once all values were in range.
 
         On a CPU that is known at once. On a GPU it would wait for it, and is asked at the start of
-        backward where there will be one.
+        backward where there will be one. A graph that is being traced cannot ask.
         """
-        waits = tensors[0].device.type != "cpu" and any(t.requires_grad for t in tensors)
-        if waits:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            pass
+        elif tensors[0].device.type != "cpu" and any(t.requires_grad for t in tensors):
             tensors = WatchFunction.apply(self, *tensors)
-        elif not torch.compiler.is_compiling():
+        else:
             self.raise_overflow()
         return tuple(tensors) if self.narrow is None else tuple(t.to(self.narrow) for t in tensors)
 

@@ -23,14 +23,16 @@ class DriftWarning(UserWarning):
 
 
 class Guard:
-    """Keeps a chain's samples and what they tell.
+    """Takes samples of a chain's streams and tells what they say.
 
     Attributes:
+        chain: What warnings call the chain.
         error: The largest error of the latest backward pass, relative to the largest value of the
             sample, as a tensor on the stream's device; None before there was one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chain: str = "") -> None:
+        self.chain = chain
         self.error: Tensor | None = None
         self._arriving: tuple[str, float, Tensor, Any] | None = None
 
@@ -53,7 +55,7 @@ class Guard:
             worst: What was found before in this backward pass, or None.
         """
         error = relative_error(kept, tuple(spread(x, len(rebuilt)) for x in rebuilt))
-        self._say(label, tolerance(kept), error)
+        self._say(f"{self.chain}, from {label}", tolerance(kept), error)
         self.error = error if worst is None else torch.maximum(worst, error)
         return self.error
 

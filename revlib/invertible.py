@@ -25,6 +25,9 @@ class InvertibleModule(nn.Module):
       each sub-network once through `evaluate.vjp`, which collects parameter gradients too: a
       parameter must belong to a module that is evaluated so.
 
+    One that only adds what its sub-networks say does so by `evaluate.add`, and undoes it by
+    `evaluate.subtract`; with `can_be_exact = True` an exact chain then rebuilds it bit for bit.
+
     :class:`revlib.AdditiveCoupling` is the example to read.
 
     Attributes:
@@ -34,8 +37,9 @@ class InvertibleModule(nn.Module):
             chain stores a block that says False, and refuses to rebuild it.
         cheap_forward: Likewise, whether the forward direction undoes the inverse one. Where a
             block says False, as one whose inverse rounds, `chain.inverse` stores it.
-        can_be_exact: Whether the methods on streams compute with `evaluate.exact` where a chain
-            gives it, or only move elements. Others are recomputed in an exact chain.
+        can_be_exact: Whether the methods on streams change values by `evaluate.add`,
+            `evaluate.subtract` and the methods of `evaluate.exact` alone, or only move them. Other
+            blocks are recomputed in an exact chain.
         on_streams: Whether a chain calls the methods on streams. It does not where a subclass
             overrides `forward` or `inverse` alone.
         n_latents: How many tensors the block sends out of the chain beside its stream: those

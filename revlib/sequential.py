@@ -263,6 +263,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     ) -> Outcome:
         self._refuse_sharded_blocks()
         self._guard.look()
+        self._guard.chain = f"{type(self).__name__} of {len(self)} blocks"
         guard = None if self.exact else self._guard
         outcome = run_chain(legs, x, context, latents, exact=self.exact, guard=guard)
         # An exported graph must not write attributes.
@@ -274,6 +275,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """Returns the chain's legs first to last, with those of chains among its blocks."""
         legs = []
         for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
+            is_anchor = policy == "recompute"
             runs_inline = self._runs_inline(block)
             cannot_rebuild = inverse and policy == "rebuild" and not block.cheap_forward
             if store or (cannot_rebuild and not runs_inline):
@@ -281,7 +283,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             if policy != "recompute" and runs_inline:
                 legs += block._legs(f"{prefix}{name}.", inverse=inverse, store=policy == "store")
                 continue
-            leg = make_leg(block, prefix + name, policy, inverse=inverse)
+            leg = make_leg(block, prefix + name, policy, is_anchor=is_anchor, inverse=inverse)
             if self.exact and leg.policy == "rebuild" and not leg.is_exact:
                 leg = replace(leg, policy="recompute")  # called whole, for it carries hooks
             legs.append(leg)

@@ -330,6 +330,16 @@ def test_non_finite_values_raise_the_flag(scale, value, where, dtype, direction)
 
 
 @both_dtypes
+def test_a_log_scale_that_is_nan_leaves_the_state_whole(dtype):
+    x, h = torch.zeros(1, 1, dtype=dtype), torch.tensor([[torch.nan, 0.0]], dtype=dtype)
+    state = torch.full((1, 1), 5 * 2**16)
+
+    functional.exact_affine_coupling(x, h, state, scale="exp")
+
+    assert state.item() == 5  # S is 1
+
+
+@both_dtypes
 def test_flag_is_raised_before_the_state_overflows(dtype):
     options = {"scale": "exp", "bits": BITS[dtype]}
 

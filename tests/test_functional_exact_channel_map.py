@@ -241,9 +241,10 @@ def test_no_gradient_is_recorded(direction):
 def test_flag_says_exactly_when_a_value_is_out_of_range(sign, dtype, direction):
     limit, step = LIMIT[dtype], 2.0 ** -BITS[dtype]
 
-    def flag(x, *, bias=(0, 0), upper=0, lower=0):
+    def flag(x, *, bias=(0, 0), upper=0, lower=0, log_d=0):
         matrix = identity(2, dtype)
         matrix[0][1, 0], matrix[1][0, 1] = lower, upper
+        matrix[2][1] = log_d
         matrix[-1] = torch.tensor(bias, dtype=dtype) * sign
         x = torch.tensor([x], dtype=dtype) * sign
         return OPS[direction](x, *matrix, torch.full((1, 2), 2**15), bits=BITS[dtype])[2].item()
@@ -254,13 +255,14 @@ def test_flag_says_exactly_when_a_value_is_out_of_range(sign, dtype, direction):
     assert flag([torch.nan, 0]) and flag([0, torch.inf])
     if direction == "forward":
         assert not flag([last, 0], bias=[-step, 0]) and flag([last, 0], bias=[step, 0])
-        # Only what is between the factors is out of range.
+        # What is between the factors is out of range, and nothing else.
         assert flag([last, step], bias=[-step, 0], upper=1)
         assert not flag([last - step, step], bias=[-step, 0], upper=1)
     else:
         assert not flag([last, 0], bias=[step, 0]) and flag([last, 0], bias=[-step, 0])
-        assert flag([-step, last], lower=1, upper=1)
-        assert not flag([step, last], lower=1, upper=1)
+        # What is between the factors is out of range, and nothing else.
+        assert flag([-step, last], lower=1, log_d=math.log(2))
+        assert not flag([step, last], lower=1, log_d=math.log(2))
 
 
 @each_direction

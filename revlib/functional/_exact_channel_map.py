@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 from revlib import reference
+from revlib.dispatch import kernels_apply_to
 from revlib.functional._checks import check_shape, check_tensors
 from revlib.functional._exact_scaling import check_exact_stream
+
+# A kernel holds all channels of a pixel at once; beyond these, its registers do not suffice.
+LARGEST_KERNEL_CHANNELS = 64
 
 
 @torch.no_grad()
@@ -78,7 +82,13 @@ def exact_channel_map(
     """
     parameters = lower, upper, log_diagonal, sign, permutation, bias
     check("exact_channel_map", *parameters, state, bits, x=x)
-    return reference.exact_channel_map(x, *parameters, state, bits)
+    if not runs_as_kernel(x, *parameters):
+        return reference.exact_channel_map(x, *parameters, state, bits)
+    from revlib.kernels import exact_channel_map as kernels
+
+    f = reference.channel_map_factors(*parameters, bits)
+    y, overflow = kernels.exact_channel_map(x, f.product, f.upper, f.s, f.shift, state, bits)
+    return y, reference.channel_map_log_det(x, f.s, log_diagonal), overflow | ~f.in_range
 
 
 @torch.no_grad()
@@ -103,7 +113,20 @@ def exact_channel_map_inverse(
     """
     parameters = lower, upper, log_diagonal, sign, permutation, bias
     check("exact_channel_map_inverse", *parameters, state, bits, y=y)
-    return reference.exact_channel_map_inverse(y, *parameters, state, bits)
+    if not runs_as_kernel(y, *parameters):
+        return reference.exact_channel_map_inverse(y, *parameters, state, bits)
+    from revlib.kernels import exact_channel_map as kernels
+
+    f = reference.channel_map_factors(*parameters, bits)
+    x, overflow = kernels.exact_channel_map_inverse(
+        y, f.lower, f.upper, f.s, f.sign, f.shift, f.order.argsort(), state, bits
+    )
+    return x, -reference.channel_map_log_det(y, f.s, log_diagonal), overflow | ~f.in_range
+
+
+def runs_as_kernel(stream: Tensor, *parameters: Tensor | None) -> bool:
+    given = (part for part in parameters if part is not None)
+    return stream.shape[1] <= LARGEST_KERNEL_CHANNELS and kernels_apply_to(stream, *given)
 
 
 def check(

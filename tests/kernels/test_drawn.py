@@ -6,7 +6,9 @@ import oracle
 import pytest
 import test_actnorm as actnorm
 import test_affine_coupling as affine_coupling
+import test_exact_actnorm as exact_actnorm
 import test_exact_additive_coupling as exact_additive_coupling
+import test_exact_affine_coupling as exact_affine_coupling
 import test_gaussian_log_prob as gaussian_log_prob
 import test_masked_affine_coupling as masked_affine_coupling
 import test_spline_coupling as spline_coupling
@@ -102,6 +104,39 @@ def test_drawn_exact_additive_coupling(
     x, update = (layout(tensor) for layout, tensor in zip(layouts, (x, update), strict=True))
 
     exact_additive_coupling.check(direction, x, (update * size).to(update_dtype), bits)
+
+
+@each_direction
+@settings(max_examples=50)
+@given(
+    shape=shapes,
+    layouts=st.tuples(layouts, layouts),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    interleaved=st.booleans(),
+    seed=seeds,
+)
+def test_drawn_exact_affine_coupling(shape, layouts, dtype, interleaved, seed, direction, device):
+    torch.manual_seed(seed)
+    inputs = exact_affine_coupling.draw(shape, dtype, device, *layouts, interleaved)
+
+    exact_affine_coupling.check_call(direction, inputs, interleaved=interleaved)
+    exact_affine_coupling.check_backward(direction, inputs, interleaved=interleaved)
+
+
+@each_direction
+@settings(max_examples=50)
+@given(
+    shape=shapes,
+    layouts=st.tuples(layouts, layouts),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=seeds,
+)
+def test_drawn_exact_actnorm(shape, layouts, dtype, seed, direction, device):
+    torch.manual_seed(seed)
+    inputs = exact_actnorm.draw(shape, dtype, device, *layouts)
+
+    exact_actnorm.check_call(direction, inputs)
+    exact_actnorm.check_backward(direction, inputs)
 
 
 @settings(max_examples=50)

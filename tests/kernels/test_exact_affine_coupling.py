@@ -32,7 +32,14 @@ every_shape = pytest.mark.parametrize("shape", oracle.SHAPES, ids=str)
 every_scale = pytest.mark.parametrize("scale", SCALES)
 
 
-def draw(shape, dtype, device, layout=oracle.contiguous, state_layout=oracle.contiguous):
+def draw(
+    shape,
+    dtype,
+    device,
+    layout=oracle.contiguous,
+    state_layout=oracle.contiguous,
+    interleaved=False,
+):
     """A stream on the grid, the conditioner's output, a state, and gradients of what comes out.
 
     The log-scales are those of whole S, so that no rounding of their exponentials gives another.
@@ -40,7 +47,8 @@ def draw(shape, dtype, device, layout=oracle.contiguous, state_layout=oracle.con
     steps = 2 ** BITS[dtype]
     x = (torch.randn(shape, dtype=dtype) * steps).round() / steps
     s = (2**16 * torch.randn(shape, dtype=torch.double).div(2).exp()).round()
-    h = torch.cat((-(s / 2**16).log().to(dtype), torch.randn(shape, dtype=dtype)), 1)
+    raw, shift = -(s / 2**16).log().to(dtype), torch.randn(shape, dtype=dtype)
+    h = torch.stack((raw, shift), 2).flatten(1, 2) if interleaved else torch.cat((raw, shift), 1)
     dy, dlog_det = torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype)
     x, h, dy = (layout(tensor.to(device)) for tensor in (x, h, dy))
     return x, h, state_layout(torch.randint(2**40, shape).to(device)), dy, dlog_det.to(device)
@@ -48,14 +56,16 @@ def draw(shape, dtype, device, layout=oracle.contiguous, state_layout=oracle.con
 
 def copied(state):
     """With the same strides."""
-    return torch.empty_strided(state.shape, state.stride(), dtype=state.dtype).copy_(state)
+    return torch.empty_strided(
+        state.shape, state.stride(), dtype=state.dtype, device=state.device
+    ).copy_(state)
 
 
 def check_call(direction, inputs, **options):
     op, definition = OPS[direction]
     x, h, state, _, _ = inputs
     options = OPTIONS | {"bits": BITS[x.dtype]} | options
-    states = copied(state).to(state.device), copied(state).to(state.device)
+    states = copied(state), copied(state)
 
     y, log_det, overflow = op(x, h, states[0], **options)
 
@@ -70,7 +80,7 @@ def check_backward(direction, inputs, **options):
     op, definition = BACKWARDS[direction]
     y, h, state, dy, dlog_det = inputs
     options = OPTIONS | {"bits": BITS[y.dtype]} | options
-    states = copied(state).to(state.device), copied(state).to(state.device)
+    states = copied(state), copied(state)
 
     x, *gradients = op(y, h, states[0], dy, dlog_det, **options)
 
@@ -93,21 +103,13 @@ def test_is_bitwise_the_definition(shape, dtype, direction, device):
 @each_direction
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
 @pytest.mark.parametrize("state_layout", oracle.LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5, 7)], ids=str)
-def test_any_layout_gives_the_same(shape, state_layout, layout, direction, device):
-    inputs = draw(shape, torch.float32, device, layout, state_layout)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_any_layout_gives_the_same(interleaved, state_layout, layout, direction, device):
+    for shape in ((3, 5), (2, 3, 5, 7)):
+        inputs = draw(shape, torch.float32, device, layout, state_layout, interleaved)
 
-    check_call(direction, inputs)
-    check_backward(direction, inputs)
-
-
-@each_direction
-def test_halves_and_interleaved_channels_give_the_same(direction, device):
-    x, h, state, dy, dlog_det = draw((2, 3, 5, 7), torch.float32, device)
-    h = torch.stack(h.chunk(2, 1), 2).flatten(1, 2)
-
-    check_call(direction, (x, h, state, dy, dlog_det), interleaved=True)
-    check_backward(direction, (x, h, state, dy, dlog_det), interleaved=True)
+        check_call(direction, inputs, interleaved=interleaved)
+        check_backward(direction, inputs, interleaved=interleaved)
 
 
 @each_direction

@@ -1,0 +1,295 @@
+"""The drift guard, what finds the block at fault, and the anchors that bound drift."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from chains import CASES, conv, coupling, every_rebuilt_case, mlp
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import revlib
+from revlib import AdditiveCoupling, DriftWarning, InvertibleModule, ReversibleSequential, flows
+from revlib.finite import NonFiniteError
+
+
+def backward(chain: ReversibleSequential, *args: Tensor) -> None:
+    y = chain(*args)
+    loss = y[1].sum() if isinstance(chain, flows.FlowSequential) else y.square().sum()
+    loss.backward()
+
+
+class Off(AdditiveCoupling):
+    """A coupling whose rebuilding is off by a share of the stream."""
+
+    def __init__(self, share: float, net: nn.Module) -> None:
+        super().__init__(net, nn.Identity())
+        self.share = share
+
+    def backward_streams(self, outputs, gradients, evaluate):
+        (x1, x2), gradients = super().backward_streams(outputs, gradients, evaluate)
+        return (x1 * (1 + self.share), x2), gradients
+
+
+def with_drift(share: float, depth: int = 6, at: int = 3) -> ReversibleSequential:
+    torch.manual_seed(0)
+    blocks = [coupling(mlp, 4) for _ in range(depth)]
+    blocks[at] = Off(share, mlp(4))
+    return ReversibleSequential(*blocks)
+
+
+@every_rebuilt_case
+def test_rebuild_error_is_that_of_rounding(case, device):
+    chain = case.make(device)
+    assert chain.rebuild_error is None
+
+    args = case.inputs(device)
+    y = chain(*args)
+    sum(part.sum() for part in torch.utils._pytree.tree_leaves(y)).backward()
+
+    assert chain.rebuild_error.shape == () and chain.rebuild_error.device.type == device.type
+    assert chain.rebuild_error < 1e-9
+
+
+def test_rebuild_error_tells_how_far_the_rebuilt_input_is_off(device):
+    chain = with_drift(2e-4, at=0).double().to(device)
+    x = torch.randn(64, 8, dtype=torch.double, device=device)
+
+    with pytest.warns(DriftWarning):
+        backward(chain, x)
+
+    # The first half is off by this share; the sample may miss its largest value.
+    assert 0.5e-4 < chain.rebuild_error < 2.1e-4
+
+
+def test_drift_is_warned_of_and_the_block_is_found(device):
+    chain = with_drift(0.02).to(device)
+    x = torch.randn(64, 8, device=device)
+
+    with pytest.warns(
+        DriftWarning,
+        match=r"ReversibleSequential of 6 blocks, from block 0 .*off by \d.*exact=True",
+    ):
+        backward(chain, x)
+
+    found = chain.find_drift(x)
+    assert found.startswith("block 3 (Off) is the first to drift: its rebuilt input is off by ")
+
+
+def test_find_drift_says_so_where_nothing_drifts_and_leaves_no_trace(device):
+    chain = CASES["dropout"].make(device)
+    (x,) = CASES["dropout"].inputs(device)
+    state, rng = copy.deepcopy(chain.state_dict()), torch.get_rng_state()
+
+    found = chain.find_drift(x)
+
+    assert found.startswith("nothing drifts: rebuilt inputs are off by ")
+    assert all(torch.equal(state[key], value) for key, value in chain.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert x.grad is None and all(p.grad is None for p in chain.parameters())
+    assert ReversibleSequential(nn.Tanh(), policy="store").find_drift(x).endswith("is rebuilt")
+
+
+def test_find_drift_looks_at_flows_with_latents(device):
+    case = CASES["flow-multi-scale"]
+    chain = case.make(device)
+
+    found = chain.find_drift(*case.inputs(device))
+
+    assert found.startswith("nothing drifts: rebuilt inputs are off by ")
+
+
+def test_rounding_in_half_precision_is_no_drift_but_what_it_adds_up_to_is(device):
+    def run(depth: int) -> ReversibleSequential:
+        torch.manual_seed(0)
+        chain = ReversibleSequential(*(coupling(conv, 4) for _ in range(depth))).to(device)
+        x = torch.randn(4, 8, 8, 8, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            y = chain(x)
+        y.square().sum().backward()
+        return chain
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(4)
+    with pytest.warns(DriftWarning):
+        run(400)
+
+
+def test_a_chain_of_several_stretches_tells_of_the_worst(device):
+    chain = with_drift(0.02, at=1).to(device)
+    chain.policy = ["rebuild", "rebuild", "store", "rebuild", "recompute", "rebuild"]
+    x = torch.randn(64, 8, device=device)
+
+    with pytest.warns(DriftWarning, match="from block 0 ") as warned:
+        backward(chain, x)
+
+    assert len(warned) == 1 and chain.rebuild_error > 1e-3
+    chain[1].share = 0.0
+    backward(chain, x)
+    assert chain.rebuild_error < 1e-5
+
+
+def test_exact_chains_need_no_guard(device):
+    chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(2)), exact=True).to(device)
+
+    backward(chain, torch.randn(3, 8, device=device))
+
+    assert chain.rebuild_error is None
+
+
+def test_copies_and_pickles_have_run_no_backward():
+    chain = ReversibleSequential(coupling(mlp, 4))
+    backward(chain, torch.randn(3, 8))
+
+    for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert other.rebuild_error is None
+        backward(other, torch.randn(3, 8))
+        assert other.rebuild_error < 1e-5
+
+
+def test_tensors_without_values_are_left_alone():
+    chain = ReversibleSequential(coupling(mlp, 4))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = copy.deepcopy(chain)
+        for module in fake.modules():
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = nn.Parameter(mode.from_tensor(parameter.detach()))
+        backward(fake, torch.randn(3, 8))
+    backward(chain.to("meta"), torch.randn(3, 8, device="meta"))
+
+    assert fake.rebuild_error is None and chain.rebuild_error is None
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2), (64, 8), (4, 8, 5, 7), (2, 8, 96, 96), (2, 4, 3, 5, 7)], ids=str
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_sample_is_spread_over_all_of_the_stream(shape, memory_format):
+    if memory_format == torch.channels_last and len(shape) == 5:
+        memory_format = torch.channels_last_3d
+    x = torch.arange(torch.Size(shape).numel()).view(shape).float()
+    if len(shape) > 2:
+        x = x.contiguous(memory_format=memory_format)
+
+    values = revlib.guard.spread(x, 1)
+
+    n = len(values)
+    assert n == min(4096, max(1, x.numel() // 16)) and len(set(values.tolist())) == n
+    if n > 100 and memory_format == torch.contiguous_format:
+        assert values.max() > 0.9 * x.numel()
+        # Every channel and every place modulo 8 is met.
+        assert len({int(v) % 8 for v in values.tolist()}) == 8
+
+
+def test_anchors_bound_drift(device):
+    def error(policy) -> float:
+        torch.manual_seed(0)
+        chain = ReversibleSequential(*(coupling(conv, 4) for _ in range(64)), policy=policy)
+        chain.to(device)
+        backward(chain, torch.randn(4, 8, 8, 8, device=device))
+        return chain.rebuild_error.item()
+
+    free = error("rebuild")
+    anchored = error(revlib.anchored(64, every=4))
+
+    assert 0 < anchored < free / 4
+
+
+def test_anchored_names_every_nth_block():
+    assert revlib.anchored(7, every=3) == ["rebuild"] * 3 + ["recompute"] + ["rebuild"] * 2 + [
+        "recompute"
+    ]
+    assert revlib.anchored(2, every=5) == ["rebuild"] * 2
+
+
+@pytest.mark.parametrize(
+    "name, value", [("depth", 0), ("depth", 2.0), ("every", 0), ("every", True)]
+)
+def test_anchored_refuses_what_is_no_count(name, value):
+    with pytest.raises(ValueError, match=f"anchored: {name} must be a whole number above 0; got"):
+        revlib.anchored(**{"depth": 3, "every": 2, name: value})
+
+
+class Poison(nn.Module):
+    """A sub-network whose value is not finite in one place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x).clone()
+        y[0, 0] = torch.nan
+        return y
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+def test_in_anomaly_mode_a_value_that_is_not_finite_raises_where_it_was_made(policy, device):
+    blocks = [coupling(mlp, 4) for _ in range(4)]
+    blocks[2].f = Poison(blocks[2].f)
+    chain = ReversibleSequential(*blocks, policy=policy).to(device)
+    x = torch.randn(3, 8, device=device)
+
+    with (
+        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        pytest.raises(
+            NonFiniteError,
+            match=r"block 2 \(Addit.*\): what Poison returned is infinite or NaN in 1 of 12",
+        ),
+    ):
+        chain(x)
+
+
+class Blow(InvertibleModule):
+    """A block whose output overflows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1e30
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / 1e30
+
+
+def test_in_anomaly_mode_an_overflowing_stream_raises_where_it_was_made(device):
+    chain = ReversibleSequential(Blow(), Blow(), coupling(mlp, 4)).to(device)
+
+    with (
+        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        pytest.raises(NonFiniteError, match=r"block 1 \(Blow\): what Blow returned is infinite"),
+    ):
+        chain(torch.ones(3, 8, device=device))
+
+
+def test_in_anomaly_mode_a_gradient_that_is_not_finite_names_the_block(device):
+    class BadGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * torch.inf
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return BadGradient.apply(x)
+
+    chain = ReversibleSequential(coupling(mlp, 4), AdditiveCoupling(Net(), mlp(4))).to(device)
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        loss = chain(torch.randn(3, 8, device=device)).sum()
+
+        with pytest.raises(NonFiniteError, match=r"block 1 .*: the gradient of its input is inf"):
+            loss.backward()
+
+
+def test_find_nonfinite_names_the_block_and_leaves_no_trace(device):
+    chain = ReversibleSequential(coupling(mlp, 4), Blow(), Blow(), coupling(mlp, 4)).to(device)
+    x = torch.ones(3, 8, device=device)
+
+    assert chain.find_nonfinite(x) == "block 2 (Blow) made its result infinite or NaN"
+    assert chain.find_nonfinite(x * torch.nan) == "what was put in is not finite"
+    assert chain[:1].find_nonfinite(x).startswith("all blocks are finite; what comes out is up to")
+    assert chain[1:3].find_nonfinite(x * 1e-45, inverse=True).startswith("all blocks are finite")
