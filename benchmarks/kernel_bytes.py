@@ -97,8 +97,8 @@ class TrafficWithin(Traffic):
         self.touched.clear()
 
 
-def bytes_moved(case: Case, dtype: torch.dtype) -> Bytes:
-    forms = Forms(case, case.inputs(BATCH, SIDE, dtype, torch.device("cpu")))
+def bytes_moved(case: Case, dtype: torch.dtype, batch: int = BATCH) -> Bytes:
+    forms = Forms(case, case.inputs(batch, SIDE, dtype, torch.device("cpu")))
     kernel = TrafficWithin().count(forms.kernel) if case.has_kernel else None
     with Traffic() as eager:
         forms.eager()

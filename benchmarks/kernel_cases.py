@@ -15,7 +15,7 @@ from revlib import functional
 
 CHANNELS = 16
 # Where the ops that have one take their state.
-STATES = {"exact_affine_coupling": 2, "exact_actnorm": 3}
+STATES = {"exact_affine_coupling": 2, "exact_actnorm": 3, "exact_channel_map": 7}
 
 Tensors = tuple[Tensor, ...]
 Call = Callable[..., Tensors]
@@ -141,6 +141,16 @@ def draw_exact_coupling(batch, side, dtype, normal, *, gradients=False):
     return on_grid(x), h, new_state(x), *(gradient.float() for gradient in more)
 
 
+def draw_exact_channel_map(batch, side, dtype, normal, *, channels=CHANNELS, stream=torch.float32):
+    """The factors of a rotation; the stream is on the grid, and wide enough for it."""
+    x = (normal((batch, channels, side, side)) * 2**12).round().to(stream) / 2**12
+    permutation, lower, upper = torch.linalg.lu(torch.linalg.qr(normal((channels, channels))).Q)
+    diagonal = upper.diagonal()
+    factors = lower, upper, diagonal.abs().log(), diagonal.sign(), permutation, normal(channels)
+    state = torch.full_like(x, 2**15, dtype=torch.int64)
+    return x, *(factor.to(dtype) for factor in factors), state
+
+
 def draw_stream(batch, side, dtype, normal):
     return (normal((batch, CHANNELS, side, side), dtype=dtype),)
 
@@ -216,6 +226,9 @@ CASES = (
     Case("exact_affine_coupling", draw_exact_coupling, with_gradients=True),
     Case("exact_affine_coupling_inverse", draw_exact_coupling),
     Case("exact_affine_coupling_backward", exact_coupling_gradients),
+    Case("exact_channel_map", draw_exact_channel_map),
+    Case("exact_channel_map", draw_exact_channel_map, layout=channels_last),
+    Case("exact_channel_map_inverse", draw_exact_channel_map),
     Case("spline_coupling", spline(8), {"bins": 8}),
     Case("spline_coupling", spline(8), {"bins": 8}, with_gradients=True),
     Case("spline_coupling_inverse", spline(8), {"bins": 8}),

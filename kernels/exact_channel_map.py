@@ -13,13 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from revlib.kernels.actnorm import channel_batch_and_place_strides
+from revlib.kernels.arithmetic import floor_divide
+from revlib.kernels.exact_scaling import R_BITS, STATE_LIMIT, STREAM_LIMIT, R, flag
 from revlib.kernels.walk import new_like, offsets, tile, walkable
 
-R_BITS = tl.constexpr(16)
-R = tl.constexpr(2**16)
-STATE_LIMIT = tl.constexpr(2.0**61)
 DIGIT_BITS = tl.constexpr(23)
-STREAM_LIMIT = {torch.float32: 2.0**24, torch.float64: 2.0**46}
 # Of a float64 stream times R.
 LARGEST_PRODUCT = tl.constexpr(2**62)
 # Elements of a tile.
@@ -43,7 +41,7 @@ def exact_channel_map_kernel(
 
     rows, inside = whole(x, STEPS, LIMIT, WIDE)
     v = rows * R + (u & (R - 1)).to(rows.dtype) + centre(s).to(rows.dtype)
-    scaled, rest = floor_divide(v, s.to(rows.dtype), WIDE)
+    scaled, rest = divided(v, s.to(rows.dtype), WIDE)
     u = u >> R_BITS
     inside = inside & (u.to(tl.float64) * s < STATE_LIMIT)
     u = u * s.to(tl.int64) + rest.to(tl.int64)
@@ -135,15 +133,12 @@ def centre(s):
 
 
 @triton.jit
-def floor_divide(v, s, WIDE: tl.constexpr):
+def divided(v, s, WIDE: tl.constexpr):
     """The floored quotient, and the remainder."""
-    # Triton rounds a quotient of integers towards 0, as the hardware does.
-    quotient = v // s if WIDE else tl.floor(v / s)
-    rest = v - quotient * s
     if WIDE:
-        below = rest < 0
-        quotient, rest = tl.where(below, quotient - 1, quotient), tl.where(below, rest + s, rest)
-    return quotient, rest
+        return floor_divide(v, s)
+    quotient = tl.floor(v / s)
+    return quotient, v - quotient * s
 
 
 @triton.jit
@@ -196,13 +191,6 @@ def rounded(high_sums, low_sums, WIDE: tl.constexpr):
         # High sums are multiples of 1 / R, and need not be whole.
         result = result.to(tl.int64) + ((high_sums * R).to(tl.int64) << (DIGIT_BITS - R_BITS))
     return result
-
-
-@triton.jit
-def flag(overflow_ptr, outside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Writes True if anything is outside, as everyone writes it who meets such a value."""
-    everywhere = tl.broadcast_to(overflow_ptr, [ROWS, COLUMNS])
-    tl.store(everywhere, tl.full([ROWS, COLUMNS], True, tl.int1), mask=outside)
 
 
 class PixelWalk:
@@ -273,8 +261,8 @@ def exact_channel_map_inverse(
     if walk.n_programs:
         with torch.cuda.device_of(y):
             exact_channel_map_inverse_kernel[(walk.n_programs,)](
-                y, by_column(lower), by_column(upper), s, sign, shift, order, u, x, overflow,
-                *walk.sizes, *walk.strides, **walk.constants,
+                y, by_column(lower), by_column(upper), s, sign.contiguous(), shift, order, u, x,
+                overflow, *walk.sizes, *walk.strides, **walk.constants,
             )  # fmt: skip
     if u is not state:
         state.copy_(u)

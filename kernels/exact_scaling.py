@@ -39,7 +39,7 @@ def ratio(s):
 @triton.jit
 def transform(x, s, shift, state, INVERSE: tl.constexpr, STEPS: tl.constexpr, LIMIT: tl.constexpr):
     """What goes in comes out as y, with the state's new value, and whether all is in range."""
-    steps, inside = whole(x * STEPS, LIMIT)
+    given, inside = whole(x * STEPS, LIMIT)
     offset, offset_inside = whole(round_half_even(shift * STEPS), TWO_TO_63)
     s = s.to(tl.int64)
     centre = (s >> 1) - R // 2
@@ -47,7 +47,7 @@ def transform(x, s, shift, state, INVERSE: tl.constexpr, STEPS: tl.constexpr, LI
     if INVERSE:
         popped = state // s
         # Where a product wraps around, what comes out of it may seem in range.
-        left = steps - offset
+        left = given - offset
         inside = inside & (tl.abs(left.to(tl.float64)) * s.to(tl.float64) < WRAP_LIMIT)
         inside = inside & (popped.to(tl.float64) * R < STATE_LIMIT)
         v = left * s + (state - popped * s) - centre
@@ -56,7 +56,7 @@ def transform(x, s, shift, state, INVERSE: tl.constexpr, STEPS: tl.constexpr, LI
     else:
         popped = state >> R_BITS
         inside = inside & (popped.to(tl.float64) * s.to(tl.float64) < STATE_LIMIT)
-        v = steps * R + (state & (R - 1)) + centre
+        v = given * R + (state & (R - 1)) + centre
         quotient, rest = floor_divide(v, s)
         result = quotient + offset
         state = popped * s + rest

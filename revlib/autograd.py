@@ -454,7 +454,9 @@ class BlockFunction(torch.autograd.Function):
                 check_finite(leg.label, "what was rebuilt of its input", rebuilt)
                 if sample:
                     dense = tuple(map(in_format, rebuilt, ctx.formats))
-                    tape.error = tape.guard.compare(leg.label, sample, dense, tape.error)
+                    tape.error = tape.guard.compare(
+                        leg.label, sample, dense, tape.error, exact=tape.exact is not None
+                    )
                 if node.previous == "rebuild":
                     tape.streams = convert(rebuilt, node.form, node.form_in)
         if tape.exact is not None and node.previous is None:

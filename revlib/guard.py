@@ -31,8 +31,8 @@ class Guard:
             sample, as a tensor on the stream's device; None before there was one.
     """
 
-    def __init__(self, chain: str = "") -> None:
-        self.chain = chain
+    def __init__(self) -> None:
+        self.chain = ""
         self.error: Tensor | None = None
         self._arriving: tuple[str, float, Tensor, Any] | None = None
 
@@ -45,7 +45,9 @@ class Guard:
             return ()
         return tuple(spread(x, len(streams)).clone() for x in streams)
 
-    def compare(self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None) -> Tensor:
+    def compare(
+        self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None, *, exact: bool
+    ) -> Tensor:
         """Notes how far a rebuilt input is off; returns that or `worst`, whichever is worse.
 
         Args:
@@ -53,9 +55,10 @@ class Guard:
             kept: What `sample` returned.
             rebuilt: The rebuilt input, in the layout of the original.
             worst: What was found before in this backward pass, or None.
+            exact: Whether the chain computes exactly, so that nothing may be off.
         """
         error = relative_error(kept, tuple(spread(x, len(rebuilt)) for x in rebuilt))
-        self._say(f"{self.chain}, from {label}", tolerance(kept), error)
+        self._say(f"{self.chain}, from {label}", bound_for(kept, exact=exact), error)
         self.error = error if worst is None else torch.maximum(worst, error)
         return self.error
 
@@ -93,9 +96,11 @@ class Probe(Guard):
     def sample(self, streams: Streams, *, starts: bool) -> Streams:
         return tuple(x.clone() for x in streams)
 
-    def compare(self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None) -> Tensor:
+    def compare(
+        self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None, *, exact: bool
+    ) -> Tensor:
         error = relative_error(kept, rebuilt)
-        self.errors.append((label, error.item(), tolerance(kept)))
+        self.errors.append((label, error.item(), bound_for(kept, exact=exact)))
         return error
 
     def report(self) -> str:
@@ -140,17 +145,22 @@ def relative_error(kept: Streams, rebuilt: Streams) -> Tensor:
     return torch.stack(errors).amax() / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def tolerance(streams: Streams) -> float:
-    """What rounding alone stays below, unless it has added up."""
-    return 3 * max(torch.finfo(x.dtype).eps for x in streams) ** 0.5
+def bound_for(streams: Streams, *, exact: bool) -> float:
+    """Returns the largest error that is no drift: what rounding alone stays below."""
+    return 0.0 if exact else 3 * max(torch.finfo(x.dtype).eps for x in streams) ** 0.5
 
 
 def warn(label: str, bound: float, error: float) -> None:
     if not error <= bound:
+        remedy = (
+            "Build the chain with exact=True, anchor it by policy=revlib.anchored(...), or look"
+        )
+        if bound == 0:
+            remedy = "A block is not as exact as its can_be_exact says: look"
+        remedy += " for the block with chain.find_drift(x)"
         warnings.warn(
             f"{label}: what backward rebuilt is off by {error:.1e} of its largest value, and the "
-            "gradients are off, too. Build the chain with exact=True, anchor it by "
-            "policy=revlib.anchored(...), or look for the block with chain.find_drift(x)",
+            f"gradients are off, too. {remedy}",
             DriftWarning,
             stacklevel=2,
         )

@@ -115,7 +115,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         It is the largest error of up to 4096 values, at fixed places of each stretch of rebuilt
         blocks, relative to the largest of them: a tensor on the stream's device, so that nothing
         waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning` tells of it.
-        None before the first backward pass, and for an exact chain.
+        None before the first backward pass, and 0 for an exact chain.
         """
         return self._guard.error
 
@@ -264,8 +264,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         self._refuse_sharded_blocks()
         self._guard.look()
         self._guard.chain = f"{type(self).__name__} of {len(self)} blocks"
-        guard = None if self.exact else self._guard
-        outcome = run_chain(legs, x, context, latents, exact=self.exact, guard=guard)
+        outcome = run_chain(legs, x, context, latents, exact=self.exact, guard=self._guard)
         # An exported graph must not write attributes.
         if outcome.state_bytes != self.replay_state_bytes:
             self.replay_state_bytes = outcome.state_bytes

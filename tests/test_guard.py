@@ -132,12 +132,28 @@ def test_a_chain_of_several_stretches_tells_of_the_worst(device):
     assert chain.rebuild_error < 1e-5
 
 
-def test_exact_chains_need_no_guard(device):
-    chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(2)), exact=True).to(device)
+def test_of_an_exact_chain_nothing_is_off(device):
+    chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(9)), exact=True).to(device)
+    x = torch.randn(64, 8, device=device)
 
-    backward(chain, torch.randn(3, 8, device=device))
+    backward(chain, x)
 
-    assert chain.rebuild_error is None
+    assert chain.rebuild_error == 0
+    assert chain.find_drift(x).startswith("nothing drifts: rebuilt inputs are off by 0.0e+00")
+
+
+def test_a_block_that_wrongly_claims_to_be_exact_is_told_of(device):
+    class Loose(AdditiveCoupling):
+        def backward_streams(self, outputs, gradients, evaluate):
+            (x1, x2), gradients = super().backward_streams(outputs, gradients, evaluate)
+            return (x1 + 2.0**-12, x2), gradients
+
+    chain = ReversibleSequential(coupling(mlp, 4), Loose(mlp(4), mlp(4)), exact=True).to(device)
+    x = torch.randn(64, 8, device=device)
+
+    with pytest.warns(DriftWarning, match="A block is not as exact as its can_be_exact says"):
+        backward(chain, x)
+    assert chain.find_drift(x).startswith("block 1 (Loose) is the first to drift")
 
 
 def test_copies_and_pickles_have_run_no_backward():

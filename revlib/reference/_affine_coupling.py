@@ -89,10 +89,6 @@ def log_scale_and_slope(raw: Tensor, scale: str, clamp: float) -> tuple[Tensor, 
     raise AssertionError(scale)
 
 
-def log_scale_slope(raw: Tensor, scale: str, clamp: float) -> Tensor:
-    return log_scale_and_slope(raw, scale, clamp)[1]
-
-
 def raw_and_shift(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The raw log-scale and the shift in the conditioner's output, in float32 or wider.
 

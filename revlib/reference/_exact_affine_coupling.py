@@ -5,7 +5,6 @@ from torch import Tensor
 
 from revlib.reference import _affine_coupling
 from revlib.reference._affine_coupling import (
-    log_scale_slope,
     per_sample,
     raw_and_shift,
 )
@@ -51,10 +50,10 @@ def exact_affine_coupling_backward(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, shift = raw_and_shift(widened(h, y), interleaved)
-    log_s = log_scale(raw, scale, clamp)
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
     s = divisor(log_s)
     x, _ = unshift_and_unscale(y, s, shift, state, bits)
-    dx, draw = gradients(x, s, dy, dlog_det, slope(raw, log_s, scale, clamp))
+    dx, draw = gradients(x, s, dy, dlog_det, slope)
     return x, dx, joined(draw, dy, h, interleaved)
 
 
@@ -70,10 +69,10 @@ def exact_affine_coupling_inverse_backward(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, shift = raw_and_shift(widened(h, x), interleaved)
-    log_s = log_scale(raw, scale, clamp)
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
     s = divisor(log_s)
     y, _ = scale_and_shift(x, s, shift, state, bits)
-    dy, draw = inverse_gradients(x, s, dx, dlog_det, slope(raw, log_s, scale, clamp))
+    dy, draw = inverse_gradients(x, s, dx, dlog_det, slope)
     return y, dy, joined(draw, -dy, h, interleaved)
 
 
@@ -88,8 +87,8 @@ def exact_affine_coupling_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and h, from x: bit for bit those of `exact_affine_coupling_backward`."""
     raw, _ = raw_and_shift(widened(h, x), interleaved)
-    log_s = log_scale(raw, scale, clamp)
-    dx, draw = gradients(x, divisor(log_s), dy, dlog_det, slope(raw, log_s, scale, clamp))
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    dx, draw = gradients(x, divisor(log_s), dy, dlog_det, slope)
     return dx, joined(draw, dy, h, interleaved)
 
 
@@ -104,8 +103,8 @@ def exact_affine_coupling_inverse_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of y and h, from x, as of `exact_affine_coupling_inverse_backward`."""
     raw, _ = raw_and_shift(widened(h, x), interleaved)
-    log_s = log_scale(raw, scale, clamp)
-    dy, draw = inverse_gradients(x, divisor(log_s), dx, dlog_det, slope(raw, log_s, scale, clamp))
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    dy, draw = inverse_gradients(x, divisor(log_s), dx, dlog_det, slope)
     return dy, joined(draw, -dy, h, interleaved)
 
 
@@ -133,11 +132,12 @@ def log_scale(raw: Tensor, scale: str, clamp: float) -> Tensor:
     return _affine_coupling.log_scale(raw, scale, clamp)
 
 
-def slope(raw: Tensor, log_s: Tensor, scale: str, clamp: float) -> Tensor:
+def log_scale_and_slope(raw: Tensor, scale: str, clamp: float) -> tuple[Tensor, Tensor]:
     if scale == "tanh":
+        log_s = log_scale(raw, scale, clamp)
         # From the tanh at hand: another one would cost as much as all else in `gradients`.
-        return log_s.div(clamp).square_().neg_().add_(1)
-    return log_scale_slope(raw, scale, clamp)
+        return log_s, log_s.div(clamp).square_().neg_().add_(1)
+    return _affine_coupling.log_scale_and_slope(raw, scale, clamp)
 
 
 def joined(draw: Tensor, dshift: Tensor, h: Tensor, interleaved: bool) -> Tensor:

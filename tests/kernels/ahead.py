@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +29,14 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.kernel_cases import CASES, Case, coupling_gradients, draw_coupling, spline
+from benchmarks.kernel_cases import (
+    CASES,
+    Case,
+    coupling_gradients,
+    draw_coupling,
+    draw_exact_channel_map,
+    spline,
+)
 from benchmarks.kernel_forms import Forms
 from revlib import dispatch
 
@@ -56,6 +64,15 @@ CALLS = (
     Case("affine_coupling_inverse_backward", coupling_gradients),
     Case("masked_affine_coupling_inverse", draw_coupling, {"mask": "checkerboard"}),
     Case("masked_affine_coupling_inverse_backward", coupling_gradients, {"mask": "checkerboard"}),
+    *(
+        Case(
+            op,
+            partial(draw_exact_channel_map, channels=channels, stream=stream),
+            note=f"{channels} channels of {stream}",
+        )
+        for op in ("exact_channel_map", "exact_channel_map_inverse")
+        for channels, stream in ((64, torch.float32), (16, torch.float64), (64, torch.float64))
+    ),
     Case("spline_coupling_inverse_backward", spline(8, gradients=True), {"bins": 8}),
 )
 

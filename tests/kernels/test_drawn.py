@@ -9,6 +9,7 @@ import test_affine_coupling as affine_coupling
 import test_exact_actnorm as exact_actnorm
 import test_exact_additive_coupling as exact_additive_coupling
 import test_exact_affine_coupling as exact_affine_coupling
+import test_exact_channel_map as exact_channel_map
 import test_gaussian_log_prob as gaussian_log_prob
 import test_masked_affine_coupling as masked_affine_coupling
 import test_spline_coupling as spline_coupling
@@ -137,6 +138,18 @@ def test_drawn_exact_actnorm(shape, layouts, dtype, seed, direction, device):
 
     exact_actnorm.check_call(direction, inputs)
     exact_actnorm.check_backward(direction, inputs)
+
+
+@each_direction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@settings(max_examples=50)
+@given(shape=shapes, layouts=st.tuples(layouts, layouts), seed=seeds)
+def test_drawn_exact_channel_map(shape, layouts, seed, dtype, direction, device):
+    torch.manual_seed(seed)
+    x, matrix, state = exact_channel_map.draw(shape, dtype, device)
+    x, state = (layout(tensor) for layout, tensor in zip(layouts, (x, state), strict=True))
+
+    exact_channel_map.check(direction, x, matrix, state)
 
 
 @settings(max_examples=50)

@@ -69,8 +69,11 @@ def test_any_layout_gives_the_same(shape, layout, state_layout, direction, devic
 
 @each_direction
 def test_bias_may_be_none_and_parameters_in_any_layout_and_dtype(direction, device):
-    x, (lower, upper, *vectors, permutation, _), state = draw((2, 5, 3), torch.float32, device)
-    matrix = lower.T.contiguous().T.half(), upper.double(), *vectors, permutation.bfloat16(), None
+    x, matrix, state = draw((2, 5, 3), torch.float32, device)
+    lower, upper, log_diagonal, sign, permutation, _ = matrix
+    lower, permutation = lower.T.contiguous().T.half(), permutation.bfloat16()
+    log_diagonal, sign = (oracle.every_other(part.double()) for part in (log_diagonal, sign))
+    matrix = lower, upper.double(), log_diagonal, sign, permutation, None
 
     check(direction, x, matrix, state)
 

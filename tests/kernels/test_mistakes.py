@@ -104,8 +104,8 @@ MISTAKES = {
     "digits that are popped": (
         "exact_actnorm",
         "exact_scaling",
-        "v = steps * R + (state & (R - 1)) + centre",
-        "v = steps * R + centre",
+        "v = given * R + (state & (R - 1)) + centre",
+        "v = given * R + centre",
     ),
     "room in the state": (
         "exact_affine_coupling",
@@ -148,6 +148,53 @@ MISTAKES = {
         "exact_actnorm",
         "            x = rebuilt\n",
         "            x = given\n",
+    ),
+    "state's place": (
+        "exact_channel_map",
+        "exact_channel_map",
+        "tl.store(state_ptr + turned, u",
+        "tl.store(state_ptr + state_offsets, u",
+    ),
+    "half of a rounded sum": (
+        "exact_channel_map",
+        "exact_channel_map",
+        "tl.full(rows.shape, 0.5, tl.float64)",
+        "tl.zeros(rows.shape, tl.float64)",
+    ),
+    "fractions of high digits": (
+        "exact_channel_map",
+        "exact_channel_map",
+        "(high_sums * R).to(tl.int64) << (DIGIT_BITS - R_BITS)",
+        "high_sums.to(tl.int64) << DIGIT_BITS",
+    ),
+    "order of undoing": (
+        "exact_channel_map",
+        "exact_channel_map",
+        "i = n_channels - 1 - step",
+        "i = step",
+    ),
+    "range between the factors": (
+        "exact_channel_map",
+        "exact_channel_map",
+        "inside & is_inside(z, LIMIT)",
+        "inside",
+    ),
+    "range between the factors on the way back": (
+        "exact_channel_map",
+        "exact_channel_map",
+        """, i), WIDE)
+    inside = inside & is_inside(rows, LIMIT)
+
+    turned""",
+        """, i), WIDE)
+
+    turned""",
+    ),
+    "a row that wraps around": (
+        "exact_channel_map",
+        "exact_channel_map",
+        "tl.minimum(tl.maximum(rows, -limit), limit)",
+        "rows",
     ),
     "volume of a Gaussian": (
         "gaussian_log_prob",
