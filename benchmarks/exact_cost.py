@@ -90,6 +90,6 @@ def bench_guard(benchmark, kind, size, rounds, device):
         step,
         model=chain,
         against={"without a guard": bare_step},
-        rounds=10 * rounds if rounds > 1 else 1,
+        rounds=20 * rounds if rounds > 1 else 1,
     )
     assert chain.rebuild_error is not None and bare.rebuild_error is None
