@@ -79,7 +79,7 @@ class Exact:
         """Brings streams to the nearest points of the grid; gradients pass through."""
         entered = tuple(snap(x, self.dtype, self.bits) for x in streams)
         for x in entered:
-            self.note(label, reference.is_out_of_range(x, LIMITS[self.dtype]))
+            self.note(label, reference.is_out_of_range(x.detach(), LIMITS[self.dtype]))
         return entered
 
     def add(self, x: Tensor, update: Tensor, label: str) -> Tensor:

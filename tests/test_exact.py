@@ -308,9 +308,11 @@ def test_each_sub_network_is_evaluated_twice(device):
     assert len(calls) == 2 * 2
 
 
-def peak_and_saved(make: Callable, depth: int, channels: int, device) -> tuple[int, int]:
+def peak_and_saved(
+    make: Callable, depth: int, channels: int, device, *, first: bool = True
+) -> tuple[int, int]:
     chain = make(depth).to(device)
-    x = torch.randn(2, channels, 8, 8, device=device)
+    x = torch.randn(2, channels, 8, 8, device=device, requires_grad=not first)
     loss_of(chain(x)).backward()
     chain.zero_grad()
     weights = [torch.ones_like(part) for part in tree_leaves(chain(x))]
@@ -329,6 +331,13 @@ def test_memory_does_not_grow_with_depth(make):
     measured = {peak_and_saved(make, depth, channels, "cpu") for depth in (2, 3, 9)}
 
     assert len(measured) == 1
+
+
+def test_a_chain_behind_other_layers_saves_no_more_than_one_that_is_the_first():
+    _, saved_first = peak_and_saved(deep, 3, 4, "cpu")
+    _, saved_behind = peak_and_saved(deep, 3, 4, "cpu", first=False)
+
+    assert saved_behind == saved_first
 
 
 def test_saved_is_the_output_and_where_the_chain_scales_a_state_of_8_bytes_per_element():

@@ -12,6 +12,7 @@ from revlib.memory import measure_step
 
 README = Path(__file__).parent.parent / "README.md"
 FLOWS = README.parent / "docs" / "flows.md"
+EXACTNESS = README.parent / "docs" / "exactness.md"
 
 
 def examples(page: Path) -> list[str]:
@@ -76,6 +77,21 @@ def test_the_examples_of_the_page_on_flows_run_in_order_and_its_figures_are_righ
     for policy, loss, figures in rows:
         for steps, figure in zip((4, 8, 16), figures.split(" | "), strict=True):
             assert f"{names['peak'](policy, loss, steps):.2f}" == figure, (policy, loss, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_the_examples_of_the_page_on_exactness_run_in_order_and_print_what_it_says(capsys):
+    names, printed = {}, []
+
+    for example in examples(EXACTNESS):
+        exec(compile(example, "exactness.md", "exec"), names)
+        printed += re.findall(r"print\(.*\)  # (.*?)(?: \.\.\.)?$", example, re.M)
+
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == len(printed) == 4
+    for line, promised in zip(told, printed, strict=True):
+        assert line.startswith(promised) or promised.endswith("or so")
 
 
 def test_the_figures_of_flows_are_those_of_their_page():
