@@ -7,10 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import exact_anchors, exact_chains, exact_cost, exact_flows, flow_stacks
+from benchmarks import (
+    exact_anchors,
+    exact_chains,
+    exact_cost,
+    exact_flows,
+    exact_training,
+    flow_stacks,
+)
 from benchmarks.exact_errors import METHODS, twins, worst_error
 from benchmarks.exactness import EXACTNESS
 from revlib import flows
+from revlib.exact import FRESH_STATE, Exact
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,28 @@ def test_every_method_of_anchors_builds(method):
 
     assert chain.exact == (method == "exact")
     assert ("recompute" in chain.policies()) == ("every 4" in method or "every 8" in method)
+
+
+def test_float_gradients_differ_from_stored_ones_and_exact_ones_do_not():
+    x = torch.rand(4, 3, 8, 8) - 0.5
+    counts = []
+    for exact in (False, True):
+        trainee = exact_training.build(exact_training.QUICK.glow, 0, exact=exact)
+        trainee.nll(x)  # which sets the activation norms
+        counts.append(exact_training.count_differing(trainee.model, x))
+
+    assert counts[0] > 0 and counts[1] == 0
+
+
+def test_the_largest_state_is_seen_on_the_way():
+    note = Exact.note
+    trainee = exact_training.build(exact_training.QUICK.glow, 0, exact=True)
+
+    with exact_training.largest_state() as states:
+        trainee.nll(torch.rand(4, 3, 8, 8) - 0.5)
+
+    assert states[0] >= FRESH_STATE
+    assert Exact.note is note
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def _draw_bars(axes: Axes, rows: list[Row], looks: Looks) -> None:
     peaks = [row.values[PEAK] for row in rows]
     colors = [looks[row.name]["color"] for row in rows]
     bars = axes.barh(range(len(rows)), peaks, height=0.5, color=colors)
-    axes.bar_label(bars, fmt="{:.1f}", padding=4)
+    axes.bar_label(bars, [f"{p:.1f}" if p >= 1 else f"{p:.2g}" for p in peaks], padding=4)
     axes.margins(x=0.15)
     axes.set_title(PEAK, loc="left", size=10)
 
