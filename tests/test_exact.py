@@ -491,6 +491,7 @@ def test_copies_pickles_and_state_dicts_are_those_of_any_chain():
     assert all(map(torch.equal, tree_leaves(other.eval()(x)), tree_leaves(chain.eval()(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [deep, glow])
 @torch.no_grad()
 def test_calls_without_gradients_compile_into_one_graph(make):
