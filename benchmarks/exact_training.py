@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import revlib
 from benchmarks import flow_likelihood
 from benchmarks.flow_images import Pictures, dequantized, read_pictures
 from benchmarks.flow_likelihood import Trainee
@@ -133,9 +134,13 @@ def largest_state() -> Iterator[list[int]]:
         Exact.note = note
 
 
-def told(name: str, values: Sequence[float]) -> dict[str, str]:
-    """Returns the mean, its standard error and the value of each seed."""
+def told(name: str, values: Sequence[float]) -> dict[str, object]:
+    """Returns the mean, its standard error and each seed's value, with what it was run on."""
     return {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "revlib": revlib.__version__,
         name: f"{statistics.mean(values):.3f}",
         "  its standard error": f"{statistics.stdev(values) / len(values) ** 0.5:.3f}",
         **{f"  of seed {seed}": f"{value:.3f}" for seed, value in enumerate(values)},

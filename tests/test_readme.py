@@ -1,5 +1,6 @@
 """The examples on the pages run as they stand, and save the memory that the pages speak of."""
 
+import json
 import re
 from pathlib import Path
 
@@ -92,6 +93,33 @@ def test_the_examples_of_the_page_on_exactness_run_in_order_and_print_what_it_sa
     assert len(told) == len(printed) == 4
     for line, promised in zip(told, printed, strict=True):
         assert line.startswith(promised) or promised.endswith("or so")
+
+
+def test_the_errors_on_the_page_on_exactness_are_those_of_its_results():
+    page = EXACTNESS.read_text()
+    path = re.search(r"\[All tables\]\(\.\./(.*?)\.md\)", page)[1]
+    results = json.loads((README.parent / f"{path}.json").read_text())
+    measured = set()
+    for group in results["groups"]:
+        by_row = {}
+        for row in sorted(group["rows"], key=lambda row: row["position"] or 0):
+            for kind, value in row["values"].items():
+                if kind.startswith("error"):
+                    by_row.setdefault((row["name"], kind), []).append(value)
+        for (name, kind), values in by_row.items():
+            figures = " | ".join("**0**" if v == 0 else f"{v:.1e}" for v in values)
+            measured.add((kind.rpartition(", ")[2], name, figures))
+    rows = re.findall(r"^\| (float32|bf16 autocast): (.*?) \| (.*) \|$", page, re.M)
+    names = {
+        "stored, from float64": "store, from float64",
+        "float, anchored every 32 layers": "float, anchored every 32",
+        "MemCNN 1.5.2": "memcnn==1.5.2",
+        "RevTorch 0.2.4": "revtorch==0.2.4",
+    }
+
+    assert len(rows) == 11 + 4
+    for precision, name, figures in rows:
+        assert (precision, names.get(name, name), figures) in measured
 
 
 def test_the_figures_of_flows_are_those_of_their_page():
