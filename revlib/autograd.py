@@ -42,8 +42,7 @@ Policy = Literal["rebuild", "store", "recompute"]
 Extras = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
-class Leg:
+class Leg(NamedTuple):
     """One block of a chain, in the direction in which the chain runs it."""
 
     block: nn.Module
@@ -280,8 +279,7 @@ def _store(
     return streams, inner, extra
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """How a leg stands in its chain.
 
     Attributes:
