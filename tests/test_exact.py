@@ -537,3 +537,22 @@ def test_kernels_change_nothing_of_it(name, direction):
         got = step(chain, args, getattr(chain, direction))
 
         assert_equal(got, step(twin, twin_args, getattr(twin, direction)))
+
+
+@torch.no_grad()
+def test_the_state_follows_its_elements_so_that_an_untrained_glow_is_far_from_filling_it():
+    flow = flows.glow((3, 16, 16), levels=2, steps=64, hidden=1, exact=True)
+    states = []
+
+    class Seen(flows.FlowLayer):
+        can_be_exact = True
+
+        def forward_streams(self, streams, evaluate):
+            states.append(evaluate.exact.state.max().item())
+            return *streams, None
+
+    chain = flows.FlowSequential(*flow.transform, Seen(), policy="store", exact=True)
+    chain(torch.rand(16, 3, 16, 16))
+
+    # It has room for 61 bits. Where couplings used columns in turn, 41 were used.
+    assert 2**15 < states[0] < 2**33
