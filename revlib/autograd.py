@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 from revlib.evaluate import Evaluate, Record, Replay
-from revlib.exact import Exact, recording, replaying
+from revlib.exact import Exact, LayoutFunction, recording, replaying
 from revlib.finite import check_finite
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
@@ -31,6 +31,8 @@ from revlib.streams import (
     enter,
     form_within,
     in_format,
+    in_layout,
+    layout_of,
     leave,
     memory_format,
     settle,
@@ -56,6 +58,7 @@ class Leg(NamedTuple):
     run: Callable[[nn.Module, Streams, Evaluate], Streams]
     run_backward: Callable[[nn.Module, Streams, Streams, Replay], tuple[Streams, Streams]]
     n_latents: int
+    rounds: bool = False
 
     def __call__(self, streams: Streams, evaluate: Evaluate) -> Streams:
         return self.run(self.block, streams, evaluate)
@@ -148,20 +151,51 @@ def run_chain(
         return _run_rebuilding(legs, streams, entry, context, latents, Tape(None, guard))
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("torch.func transforms take no exact chain; use exact=False")
-    arithmetic = Exact.of(streams)
-    streams = arithmetic.enter(streams, "the input of the chain")
-    latents = list(arithmetic.enter(latents, "the latents of the chain"))
-    if keeps_all:
-        outcome = _run_storing(legs, streams, entry, context, latents, arithmetic)
+    traced = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    # A traced graph could not ask whether all values were in range.
+    run = _run_exactly if traced else _run_exactly_untraced
+    return run(legs, streams, entry, context, latents, None if keeps_all else guard, keeps_all)
+
+
+def _run_exactly(
+    legs: list[Leg],
+    streams: Streams,
+    entry: Form,
+    context: Tensor | None,
+    latents: list[Tensor],
+    guard: Guard | None,
+    keeps_all: bool,
+) -> Outcome:
+    exact = Exact.of(streams)
+    legs = [
+        leg._replace(rounds=not leg.is_exact and (following is None or following.is_exact))
+        for leg, following in zip(legs, [*legs[1:], None], strict=True)
+    ]
+    # What comes before the first exact block keeps its input, so that need not be rounded yet.
+    if not legs or legs[0].is_exact:
+        streams = exact.enter(streams, "the input of the chain")
     else:
-        tape = Tape(arithmetic, guard)
-        outcome = _run_rebuilding(legs, streams, entry, context, latents, tape)
+        streams = exact.widened(streams)
+    latents = list(exact.enter(latents, "the latents of the chain"))
+    if keeps_all:
+        outcome = _run_storing(legs, streams, entry, context, latents, exact)
+    else:
+        outcome = _run_rebuilding(legs, streams, entry, context, latents, Tape(exact, guard))
     streams, _ = enter(outcome.stream)
-    left = [latent for extra in outcome.extras for latent in extra[1:]]
-    leaving = iter(arithmetic.leave((*streams, *left)))
-    streams = tuple(islice(leaving, len(streams)))
-    extras = [(*extra[:1], *(next(leaving) for _ in extra[1:])) for extra in outcome.extras]
+    beside = [t for extra in outcome.extras for t in extra if t is not None]
+    leaving = iter(exact.leave((*streams, *beside)))
+    streams = exact.narrowed(islice(leaving, len(streams)))
+    extras = [
+        tuple(
+            t if t is None else next(leaving) if i == 0 else exact.narrowed([next(leaving)])[0]
+            for i, t in enumerate(extra)
+        )
+        for extra in outcome.extras
+    ]
     return Outcome(leave(streams), extras, outcome.state_bytes)
+
+
+_run_exactly_untraced = _disable_dynamo(_run_exactly)
 
 
 def _run_storing(
@@ -274,9 +308,16 @@ def _store(
         outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
     check_finite(leg.label, "what it returned", outputs)
     streams, extra = _cut(outputs, inner)
-    if exact is not None and not leg.is_exact:
-        streams = exact.enter(streams, leg.label)
+    if exact is not None:
+        streams = rounded(streams, leg, exact)
+        if any(x.requires_grad for x in streams):
+            streams = LayoutFunction.apply(*streams)
     return streams, inner, extra
+
+
+def rounded(streams: Streams, leg: Leg, exact: Exact) -> Streams:
+    """Brings what a leg gave onto the grid, if it is not and an exact leg follows."""
+    return exact.enter(streams, leg.label) if leg.rounds else exact.widened(streams)
 
 
 class Node(NamedTuple):
@@ -375,8 +416,10 @@ class BlockFunction(torch.autograd.Function):
             outputs = leg((*entered, *latents), evaluate)
         check_finite(leg.label, "what it returned", outputs)
         outputs, extra = _cut(outputs, node.form)
-        if exact is not None and not leg.is_exact:
-            outputs = exact.enter(outputs, leg.label)
+        ctx.layouts = [None] * len(outputs)
+        if exact is not None:
+            outputs = rounded(outputs, leg, exact)
+            ctx.layouts = list(map(layout_of, outputs))
         outputs = convert(outputs, node.form, node.form_out)
         # Inverted as a whole, a block may draw its numbers and read its buffers in another order.
         depends_on_order = any(e.rng is not None or e.priors for e in evaluate.evaluations)
@@ -432,7 +475,8 @@ class BlockFunction(torch.autograd.Function):
         evaluate.context_gradient = tape.context_gradient
 
         gradients, extra = _cut(gradients, node.form_out)
-        gradients = (*convert(gradients, node.form_out, node.form), *extra)
+        gradients = convert(gradients, node.form_out, node.form)
+        gradients = (*map(in_layout, gradients, ctx.layouts), *extra)
         with replaying(tape.exact, ctx.use, in_order=ctx.recompute):
             if ctx.recompute:
                 _, pullback = evaluate.vjp_streams(leg, (*node.enter(kept), *beside))
@@ -458,6 +502,7 @@ class BlockFunction(torch.autograd.Function):
         if tape.exact is not None and node.previous is None:
             tape.exact.state = None
         check_finite(leg.label, "the gradient of its input", gradients)
+        check_finite(leg.label, "a gradient of its parameters", evaluate.gradients)
         gradients, extra = _cut(gradients, node.form)
         gradients = convert(gradients, node.form, node.form_in)
         tape.context_gradient = evaluate.context_gradient if node.previous else None

@@ -26,7 +26,7 @@ from revlib.replay import (
     tensors_set,
     writes_statistics_only,
 )
-from revlib.streams import Streams, fit
+from revlib.streams import Streams, fit, in_layout, layout_of
 
 # How the note begins that an error of a sub-network carries.
 RAISED = "raised in"
@@ -193,6 +193,7 @@ class Record(Evaluate):
                 priors,
                 scratch,
                 rng if drew else None,
+                list(map(layout_of, _streams_of(args))),
             )
         )
         return value
@@ -284,12 +285,16 @@ class Replay(Evaluate):
             leaves = self._reached_leaves([edges[i].node for i in live], born, streams)
             found = dict.fromkeys((*streams, *leaves))
             if live:
-                results = torch.autograd.grad(
-                    [edges[i] for i in live],
-                    list(found),
-                    [gradients[i].to(dtypes[i]) for i in live],
-                    allow_unused=True,
-                )
+                try:
+                    results = torch.autograd.grad(
+                        [edges[i] for i in live],
+                        list(found),
+                        [gradients[i].to(dtypes[i]) for i in live],
+                        allow_unused=True,
+                    )
+                except Exception as error:
+                    error.add_note(f"{RAISED} {self.label}, going back through a sub-network")
+                    raise
                 found.update(zip(found, results, strict=True))
             for leaf in leaves:
                 self._collect(leaf, found[leaf])
@@ -306,6 +311,9 @@ class Replay(Evaluate):
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         evaluation = self._pending[module].pop()
+        if args:
+            streams = tuple(map(in_layout, _streams_of(args), evaluation.layouts))
+            args = (streams[0] if isinstance(args[0], Tensor) else streams, *args[1:])
         with self._as_the_first_time(evaluation, args):
             return super()._call(module, args)
 
@@ -370,6 +378,13 @@ class Replay(Evaluate):
         elif leaf in self._places:
             place = self._places[leaf]
             self.gradients[place] = _sum(self.gradients[place], gradient)
+
+
+def _streams_of(args: tuple[Any, ...]) -> Streams:
+    """Returns the streams that an evaluation is given, which come before the context."""
+    if not args:
+        return ()
+    return (args[0],) if isinstance(args[0], Tensor) else tuple(args[0])
 
 
 def _described(x: object) -> str:

@@ -8,7 +8,7 @@ as well, and the state does not grow with depth.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 
 from revlib import functional, reference
 from revlib.dispatch import gradient_is_recorded
-from revlib.streams import Streams
+from revlib.streams import Streams, in_layout, layout_of
 
 # The grid is the multiples of 2**-bits. What the mantissa holds beside them is the range.
 BITS = {torch.float32: 12, torch.float64: 32}
@@ -72,6 +72,10 @@ class Exact:
     @property
     def bits(self) -> int:
         return BITS[self.dtype]
+
+    def widened(self, streams: Streams) -> Streams:
+        """Gives streams the dtype of the arithmetic."""
+        return tuple(x.to(self.dtype) for x in streams)
 
     def enter(self, streams: Streams, label: str) -> Streams:
         """Brings streams to the nearest points of the grid; gradients pass through."""
@@ -183,8 +187,12 @@ class Exact:
         self.borrowed = True
         return self.state
 
+    def narrowed(self, streams: Iterable[Tensor]) -> Streams:
+        """Gives streams back in the caller's dtype."""
+        return tuple(x if self.narrow is None else x.to(self.narrow) for x in streams)
+
     def leave(self, tensors: Sequence[Tensor]) -> Streams:
-        """Gives tensors back in the caller's dtype, once all values were in range.
+        """Passes on what leaves the chain, once all values were in range.
 
         On a CPU that is known at once. On a GPU it would wait for it, and is asked at the start of
         backward where there will be one. A graph that is being traced cannot ask.
@@ -195,13 +203,14 @@ class Exact:
             tensors = WatchFunction.apply(self, *tensors)
         else:
             self.raise_overflow()
-        return tuple(tensors) if self.narrow is None else tuple(t.to(self.narrow) for t in tensors)
+        return tuple(tensors)
 
     def raise_overflow(self) -> None:
         """Raises if a value left the range in which the arithmetic is exact."""
-        if self.first_overflow is None or isinstance(self.first_overflow, FakeTensor):
+        first = self.first_overflow
+        if first is None or first.is_meta or isinstance(first, FakeTensor):
             return
-        step = self.first_overflow.item()
+        step = first.item()
         if step == NEVER:
             return
         dtype = str(self.dtype).removeprefix("torch.")
@@ -274,7 +283,8 @@ def snap(x: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
     """Rounds to the grid, half to even; the gradient passes straight through."""
     if gradient_is_recorded(x):
         return SnapFunction.apply(x, dtype, bits)
-    return (x.to(dtype) * 2.0**bits).round_().mul_(2.0**-bits)
+    # A small negative number becomes 0, and not -0: rebuilding would give the one for the other.
+    return (x.to(dtype) * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
 
 
 class SnapFunction(torch.autograd.Function):
@@ -288,6 +298,23 @@ class SnapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy.to(ctx.dtype), None, None
+
+
+class LayoutFunction(torch.autograd.Function):
+    """Passes streams on, and gives their gradients the streams' own layout.
+
+    In what order a gradient is added up depends on its layout, and that depends on how the
+    gradient came about: a rebuilding chain merges and splits where autograd copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *streams: Tensor) -> Streams:
+        ctx.layouts = list(map(layout_of, streams))
+        return streams
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Streams:
+        return tuple(map(in_layout, gradients, ctx.layouts))
 
 
 class WatchFunction(torch.autograd.Function):

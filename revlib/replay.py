@@ -54,6 +54,7 @@ class Evaluation(NamedTuple):
         priors: The buffers that it changed, with copies of what they held before.
         scratch: The buffers that it wrote without reading them.
         rng: The RNG states it started from, or None where it drew nothing.
+        layouts: Those of the streams it was given: a kernel may round otherwise on others.
     """
 
     module: nn.Module
@@ -64,6 +65,7 @@ class Evaluation(NamedTuple):
     priors: list[Slot]
     scratch: list[Slot]
     rng: tuple[Tensor, ...] | None
+    layouts: list[tuple[int, ...] | None]
 
     @property
     def state_bytes(self) -> int:

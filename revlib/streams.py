@@ -78,6 +78,27 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return x.contiguous(memory_format=memory_format)
 
 
+def layout_of(x: Tensor) -> tuple[int, ...] | None:
+    """Returns the strides of a dense tensor; None if elements share places or leave some empty."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride != extent:
+            return None
+        extent *= size
+    return x.stride()
+
+
+def in_layout(x: Tensor, layout: tuple[int, ...] | None) -> Tensor:
+    """Gives a tensor the layout of another of its shape, which must have been a dense one.
+
+    Where a size is 1, strides say nothing of where values lie; but libraries choose kernels by
+    them, and these may round otherwise.
+    """
+    if layout is None or x.stride() == layout or x.numel() == 0:
+        return x
+    return torch.empty_strided(x.shape, layout, dtype=x.dtype, device=x.device).copy_(x)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Returns the memory format in which `x`, or the tensor it is a half of, is laid out."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
