@@ -357,7 +357,6 @@ class Tape:
         guard: What compares the stream with what it was.
         streams: The stream.
         state_bytes: The bytes of replay state that all nodes keep.
-        error: What the guard has found so far in this backward pass.
         context_gradient: The context's gradient so far in this backward pass. The node that begins
             a stretch returns the whole of it, added up in the order in which autograd would have.
     """
@@ -366,7 +365,6 @@ class Tape:
     guard: Guard | None
     streams: Streams | None = None
     state_bytes: int = 0
-    error: Tensor | None = None
     context_gradient: Tensor | None = None
 
     def take(self) -> Streams:
@@ -462,7 +460,7 @@ class BlockFunction(torch.autograd.Function):
         if ctx.keeps_state:
             tape.exact.state, tape.exact.borrowed = state, True
         if node.keeps_output:
-            tape.error = tape.context_gradient = None
+            tape.context_gradient = None
         evaluate = Replay(
             ctx.evaluations,
             ctx.parameters,
@@ -494,9 +492,8 @@ class BlockFunction(torch.autograd.Function):
                 check_finite(leg.label, "what was rebuilt of its input", rebuilt)
                 if sample is not None:
                     dense = tuple(map(in_format, rebuilt, ctx.formats))
-                    tape.error = tape.guard.compare(
-                        leg.label, sample, dense, tape.error, exact=tape.exact is not None
-                    )
+                    exact = tape.exact is not None
+                    tape.guard.compare(leg.label, sample, dense, exact=exact)
                 if node.previous == "rebuild":
                     tape.streams = convert(rebuilt, node.form, node.form_in)
         if tape.exact is not None and node.previous is None:

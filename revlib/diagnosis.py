@@ -14,7 +14,12 @@ from revlib.streams import Stream
 
 
 def find_nonfinite(
-    legs: Sequence[Leg], x: Stream, context: Tensor | None, latents: Sequence[Tensor] = ()
+    legs: Sequence[Leg],
+    x: Stream,
+    context: Tensor | None,
+    latents: Sequence[Tensor] = (),
+    *,
+    exact: bool = False,
 ) -> str:
     """Runs legs one by one, and says where the first number comes from that is not finite."""
     if not is_finite(*(t for t in tree_leaves((x, latents, context)) if t is not None)):
@@ -23,7 +28,10 @@ def find_nonfinite(
     legs = [leg._replace(block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
     with torch.no_grad(), torch.random.fork_rng():
         for leg in legs:
-            outcome = run_chain([leg], x, context, take_latents(leg, latents))
+            try:
+                outcome = run_chain([leg], x, context, take_latents(leg, latents), exact=exact)
+            except OverflowError as error:
+                return str(error)
             x, (extra,) = outcome.stream, outcome.extras
             log_det, *left = extra or (None,)
             if log_det is not None and not is_finite(log_det):

@@ -5,6 +5,7 @@ wrong gradients. So of the stream that enters a stretch of rebuilt blocks a few 
 and compared with what backward makes of them at the end of the stretch.
 """
 
+import math
 import warnings
 from typing import Any
 
@@ -27,48 +28,52 @@ class Guard:
 
     Attributes:
         chain: What warnings call the chain.
-        error: The largest error of the latest backward pass, relative to the largest value of the
-            sample, as a tensor on the stream's device; None before there was one.
+        error: The largest error of the latest backward pass, relative to the largest value, as a
+            tensor on the stream's device; None before there was one.
     """
 
     def __init__(self) -> None:
         self.chain = ""
         self.error: Tensor | None = None
-        self._arriving: tuple[str, float, Tensor, Any] | None = None
+        self._backward_pass: int | None = None
+        self._arriving: list[tuple[str, float, Tensor, Any]] = []
 
     def __reduce__(self) -> tuple[type["Guard"], tuple[()]]:
         return type(self), ()  # a copy of a chain has run no backward
 
     def sample(self, streams: Streams, *, starts: bool) -> Tensor | None:
-        """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does."""
+        """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does.
+
+        It is values at fixed places, and at its end the size of the largest value of all.
+        """
         if not starts or not all(map(has_values, streams)):
             return None
-        return torch.cat([spread(x, len(streams)) for x in streams])
+        size = torch.stack([largest(x) for x in streams]).amax(0, keepdim=True)
+        return torch.cat([*(spread(x, len(streams)) for x in streams), size])
 
-    def compare(
-        self, label: str, kept: Tensor, rebuilt: Streams, worst: Tensor | None, *, exact: bool
-    ) -> Tensor:
-        """Notes how far a rebuilt input is off; returns that or `worst`, whichever is worse.
+    def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
+        """Notes how far a rebuilt input is off.
 
         Args:
             label: What warnings call the block.
             kept: What `sample` returned.
             rebuilt: The rebuilt input, in the layout of the original.
-            worst: What was found before in this backward pass, or None.
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
-        error = relative_error(kept, self.sample(rebuilt, starts=True))
+        again = self.sample(rebuilt, starts=True)
+        # A value that is not finite makes its whole stream's size so, wherever it is.
+        error = relative_error(kept[:-1], again[:-1], kept[-1].abs()) + 0 * again[-1].abs()
         self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
-        self.error = error if worst is None else torch.maximum(worst, error)
-        return self.error
+        backward_pass = torch._C._current_graph_task_id()
+        if self.error is not None and self._backward_pass == backward_pass:
+            error = torch.maximum(self.error, error)
+        self.error, self._backward_pass = error, backward_pass
 
     def look(self) -> None:
-        """Warns of the latest error on a GPU, if it has arrived: nothing waits for it."""
-        if self._arriving is not None:
-            label, bound, error, event = self._arriving
-            if event.query():
-                self._arriving = None
-                warn(label, bound, error.item())
+        """Warns of errors on a GPU that have arrived: nothing waits for the others."""
+        while self._arriving and self._arriving[0][-1].query():
+            label, bound, error, _ = self._arriving.pop(0)
+            warn(label, bound, error.item())
 
     def _say(self, label: str, bound: float, error: Tensor) -> None:
         if error.is_cuda:
@@ -76,7 +81,7 @@ class Guard:
             copy.copy_(error, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._arriving = label, bound, copy, event
+            self._arriving.append((label, bound, copy, event))
         else:
             warn(label, bound, error.item())
 
@@ -96,12 +101,9 @@ class Probe(Guard):
     def sample(self, streams: Streams, *, starts: bool) -> Tensor:
         return torch.cat([x.flatten() for x in streams])
 
-    def compare(
-        self, label: str, kept: Tensor, rebuilt: Streams, worst: Tensor | None, *, exact: bool
-    ) -> Tensor:
-        error = relative_error(kept, self.sample(rebuilt, starts=True))
+    def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
+        error = relative_error(kept, self.sample(rebuilt, starts=True), largest(kept))
         self.errors.append((label, error.item(), bound_for(rebuilt, exact=exact)))
-        return error
 
     def report(self) -> str:
         """Says which block is the first one, from the end of the chain, to be off."""
@@ -131,15 +133,21 @@ def spread(x: Tensor, n_streams: int) -> Tensor:
     # of both halves of a pair is as long as one of the whole.
     flat = x.detach().as_strided((x.numel(),), (1,))
     n = max(1, min(POSITIONS // n_streams, len(flat) // SHARE))
-    # An odd step meets all rows and columns where sizes are powers of two.
-    step = max(1, (len(flat) // n - 1) | 1)
+    step = max(1, len(flat) // n)
+    # With a divisor in common with a size, the same rows or columns would be met again and again.
+    while math.gcd(step, len(flat)) > 1:
+        step -= 1
     return flat[::step][:n]
 
 
-def relative_error(true: Tensor, values: Tensor) -> Tensor:
-    """Returns the largest error relative to the largest value."""
-    error, size = (torch.linalg.vector_norm(t, torch.inf) for t in (values - true, true))
-    return error / size.clamp_min(torch.finfo(size.dtype).tiny)
+def largest(x: Tensor) -> Tensor:
+    """Returns the size of the largest value; NaN if one is."""
+    return torch.linalg.vector_norm(x.detach(), torch.inf)
+
+
+def relative_error(true: Tensor, values: Tensor, size: Tensor) -> Tensor:
+    """Returns the largest error, relative to `size`; of zeros it is the error itself."""
+    return largest(values - true) / torch.where(size == 0, 1, size)
 
 
 def bound_for(streams: Streams, *, exact: bool) -> float:

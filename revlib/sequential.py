@@ -67,12 +67,21 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         exact: bool = False,
     ) -> None:
         super().__init__(*blocks)
-        if not isinstance(exact, bool):
-            raise TypeError(f"exact must be True or False; got {exact!r}")
         self.exact = exact
         self.policy = policy
         self._guard = Guard()
         self.replay_state_bytes = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the chain computes exactly; it may be set anew, and is then another function."""
+        return self._exact
+
+    @exact.setter
+    def exact(self, exact: bool) -> None:
+        if not isinstance(exact, bool):
+            raise TypeError(f"exact must be True or False; got {exact!r}")
+        self._exact = exact
 
     @property
     def policy(self) -> Policy | list[Policy]:
@@ -118,16 +127,20 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """
         return self._guard.error
 
-    def find_drift(self, x: Stream, context: Tensor | None = None) -> str:
+    def find_drift(
+        self, x: Stream, context: Tensor | None = None, *, inverse: bool = False
+    ) -> str:
         """Says which block's rebuilt input is first far from what it was, from the end on.
 
         Runs a copy of the chain forward and back, keeping every activation to compare with.
 
         Args:
-            x: What `forward` was called with.
+            x: What `forward` was called with, or `inverse`.
             context: The conditioning input, or None.
+            inverse: Whether it was `inverse`.
         """
-        return find_drift(deepcopy(self)._legs(), x, context, exact=self.exact)
+        legs = deepcopy(self)._legs(inverse=inverse)[:: -1 if inverse else 1]
+        return find_drift(legs, x, context, exact=self.exact)
 
     def find_nonfinite(
         self, x: Stream, context: Tensor | None = None, *, inverse: bool = False
@@ -140,7 +153,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             inverse: Whether it was `inverse`.
         """
         legs = self._legs(inverse=inverse)[:: -1 if inverse else 1]
-        return find_nonfinite(legs, x, context)
+        return find_nonfinite(legs, x, context, exact=self.exact)
 
     def policies(self) -> list[Policy]:
         """Returns the policy in force for each block."""
@@ -239,6 +252,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             other, reason = "store", "has no cheap inverse to rebuild by"
         elif self.exact and not block.can_be_exact:
             other, reason = "recompute", "cannot be rebuilt exactly"
+        elif isinstance(block, ReversibleSequential) and block.exact:
+            other, reason = "recompute", "rounds its input, which its inverse does not give back"
         else:
             return policy
         if asked_for:

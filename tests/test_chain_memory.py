@@ -13,7 +13,7 @@ from revlib.models import RevNet
 BATCH, CHANNELS, SIZE = 2, 8, 8
 STREAM = BATCH * CHANNELS * SIZE * SIZE * 4  # bytes, float32
 HALF = STREAM // 2
-GUARD = STREAM // 16  # the values of the input that the drift guard keeps
+GUARD = STREAM // 16 + 4  # the values of the input that the drift guard keeps, and their size
 
 
 def net() -> nn.Module:

@@ -343,13 +343,13 @@ def test_a_chain_behind_other_layers_saves_no_more_than_one_that_is_the_first():
 def test_saved_is_the_output_and_where_the_chain_scales_a_state_of_8_bytes_per_element():
     elements = 2 * 2 * 8 * 8
     log_det = 2 * 4
-    sample = 4 * elements // 16  # the drift guard's
+    sample = 4 * elements // 16  # the drift guard's, with one value beside
 
     _, of_additive = peak_and_saved(deep, 3, 4, "cpu")
     _, of_scaling = peak_and_saved(glow, 3, 2, "cpu")
 
-    assert of_additive == 4 * (2 * elements) + 2 * sample
-    assert of_scaling == 4 * elements + 8 * elements + log_det + sample
+    assert of_additive == 4 * (2 * elements) + 2 * sample + 4
+    assert of_scaling == 4 * elements + 8 * elements + log_det + sample + 4
 
 
 class Louder(nn.Module):
@@ -556,3 +556,99 @@ def test_the_state_follows_its_elements_so_that_an_untrained_glow_is_far_from_fi
 
     # It has room for 61 bits. Where couplings used columns in turn, 41 were used.
     assert 2**15 < states[0] < 2**33
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("make", ["additive", "flow"])
+def test_images_of_few_channels_in_channels_last_are_rebuilt_bit_for_bit(make, channels, device):
+    kept, changed = channels - channels // 2, channels // 2
+
+    def net(c_in: int, c_out: int) -> nn.Module:
+        return nn.Sequential(
+            nn.BatchNorm2d(c_in), nn.Conv2d(c_in, 16, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(16, c_out, 3, padding=1),
+        )  # fmt: skip
+
+    if make == "additive":
+        blocks = [AdditiveCoupling(net(changed, kept), net(kept, changed)) for _ in range(4)]
+        chain = ReversibleSequential(*blocks, exact=True).to(device)
+    else:
+        layers = []
+        for _ in range(3):
+            layers += [flows.ActNorm(channels), flows.Permutation.reverse(channels)]
+            layers += [flows.AffineCoupling(net(kept, 2 * changed))]
+        chain = flows.FlowSequential(*layers, exact=True).to(device)
+    x = torch.randn(4, 16, 16, channels, device=device).permute(0, 3, 1, 2).requires_grad_()
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+    weights = torch.randn(4, channels, 16, 16, device=device)
+
+    def contiguous_gradients(run: Callable) -> Callable:
+        return lambda x: tree_map(lambda y: y * weights if y.ndim == 4 else y, run(x))
+
+    got = step(chain, (x,), contiguous_gradients(chain))
+
+    assert_equal(got, step(twin, (twin_x,), contiguous_gradients(twin)))
+
+
+def test_zeros_have_no_sign_that_a_sub_network_could_see(device):
+    class Sign(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.atan2(torch.zeros_like(x), x)
+
+    blocks = [AdditiveCoupling(Sign(), Sign()) for _ in range(3)]
+    chain = ReversibleSequential(*blocks, exact=True).to(device)
+    x = (1e-4 * torch.randn(16, 8, device=device)).requires_grad_()
+
+    chain(x).sum().backward()
+
+    assert chain.rebuild_error == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_chain_in_training_raises_when_it_leaves_its_range():
+    chain = torch.compile(ReversibleSequential(*deep(2)[:], exact=True), backend="eager")
+
+    with pytest.raises(OverflowError, match="the input of the chain"):
+        chain(torch.full((2, 4, 4, 4), 5000.0, requires_grad=True))
+
+
+def test_what_comes_before_the_first_exact_block_is_not_rounded(device):
+    layers = [flows.Affine(mean=5e4, std=1e4), flows.AdditiveCoupling(nn.Linear(2, 2))]
+    chain = flows.FlowSequential(*layers, exact=True).to(device)
+    x = 5e4 + 1e4 * torch.randn(64, 4, device=device)
+
+    z, _ = chain(x)
+
+    standardised = (x[:, :2] - 5e4) / 1e4
+    assert chain.policies() == ["recompute", "rebuild"]
+    torch.testing.assert_close(z[:, :2], (standardised / STEP).round() * STEP, rtol=0, atol=STEP)
+
+
+def test_an_exact_chain_in_a_float_chain_is_recomputed():
+    inner = deep(2).eval()
+    chain = ReversibleSequential(coupling(conv, 2).eval(), inner)
+    x = 0.01 * torch.randn(2, 4, 4, 4)
+    twin = copy.deepcopy(chain)
+    twin.policy = "store"
+
+    assert chain.policies() == ["rebuild", "recompute"]
+    with pytest.raises(ValueError, match="rounds its input, which its inverse does not give back"):
+        chain.policy = ["rebuild", "rebuild"]
+    got, want = (
+        torch.autograd.grad(loss_of(each(x)), list(each.parameters())) for each in (chain, twin)
+    )
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_exact_may_be_set_anew_and_is_checked():
+    chain = deep(2)
+
+    chain.exact = False
+    assert "exact" not in repr(chain)
+    with pytest.raises(TypeError, match="exact must be True or False; got 'x'"):
+        chain.exact = "x"
+
+
+def test_tensors_without_values_pass():
+    deep(2).to("meta")(torch.zeros(2, 4, 4, 4, device="meta"))

@@ -309,3 +309,115 @@ def test_find_nonfinite_names_the_block_and_leaves_no_trace(device):
     assert chain.find_nonfinite(x * torch.nan) == "what was put in is not finite"
     assert chain[:1].find_nonfinite(x).startswith("all blocks are finite; what comes out is up to")
     assert chain[1:3].find_nonfinite(x * 1e-45, inverse=True).startswith("all blocks are finite")
+
+
+def test_a_value_that_is_not_finite_is_told_of_wherever_it_is(device):
+    class OneInf(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.zeros_like(x)
+            y[5, 5] = torch.inf
+            return y
+
+    class Cleaning(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nan_to_num(0, 0, 0)
+
+    chain = ReversibleSequential(AdditiveCoupling(OneInf(), Cleaning())).to(device)
+    x = torch.randn(64, 16, device=device, requires_grad=True)
+
+    with pytest.warns(DriftWarning, match="off by nan"):
+        chain(x)[:, 8:].sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(64, 60), (32, 240), (16, 480), (8, 960)], ids=str)
+def test_a_sample_meets_every_feature(shape):
+    x = torch.arange(shape[1]).repeat(shape[0], 1)
+
+    met = len(set(revlib.guard.spread(x, 1).tolist()))
+
+    assert met == min(shape[1], x.numel() // 16)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(64, 8), torch.eye(64, 8)], ids=["zeros", "one-hot"])
+def test_streams_of_many_zeros_are_no_drift(x):
+    chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(8)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(chain, x)
+
+    assert chain.rebuild_error < 1e-5
+
+
+def test_rebuild_error_is_the_worst_of_all_stretches_of_a_backward_pass(device):
+    chain = with_drift(0.02, at=4).to(device)
+    chain.policy = ["rebuild", "rebuild", "store", "rebuild", "rebuild", "rebuild"]
+
+    with pytest.warns(DriftWarning, match="from block 3 "):
+        backward(chain, torch.randn(64, 8, device=device))
+
+    assert chain.rebuild_error > 1e-3
+
+
+def test_find_drift_looks_at_the_other_direction_too(device):
+    class OffBack(AdditiveCoupling):
+        def inverse_backward_streams(self, outputs, gradients, evaluate):
+            (y1, y2), gradients = super().inverse_backward_streams(outputs, gradients, evaluate)
+            return (y1 * 1.02, y2), gradients
+
+    chain = ReversibleSequential(coupling(mlp, 4), OffBack(mlp(4), mlp(4)), coupling(mlp, 4))
+    chain.to(device)
+    x = torch.randn(64, 8, device=device)
+
+    assert chain.find_drift(x).startswith("nothing drifts")
+    assert chain.find_drift(x, inverse=True).startswith("block 1 (OffBack) is the first to drift")
+
+
+def test_find_nonfinite_tells_of_a_range_that_was_left():
+    chain = ReversibleSequential(Blow(), coupling(mlp, 4), exact=True)
+
+    assert chain.find_nonfinite(torch.ones(3, 8)).startswith(
+        "block 0 (Blow): an exact chain needs"
+    )
+
+
+def test_in_anomaly_mode_a_gradient_of_a_parameter_that_is_not_finite_names_the_block(device):
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale.sqrt()
+
+    chain = ReversibleSequential(AdditiveCoupling(Root(), mlp(4))).to(device)
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        loss = chain(torch.randn(3, 8, device=device)).sum()
+
+        with pytest.raises(
+            NonFiniteError, match=r"block 0 .*: a gradient of its parameters is inf"
+        ):
+            loss.backward()
+
+
+def test_an_error_in_a_sub_networks_backward_carries_the_blocks_name(device):
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            raise ValueError("bad back")
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Bad.apply(x)
+
+    chain = ReversibleSequential(AdditiveCoupling(Net(), mlp(4))).to(device)
+    loss = chain(torch.randn(3, 8, device=device)).sum()
+
+    with pytest.raises(ValueError, match="bad back") as caught:
+        loss.backward()
+
+    assert caught.value.__notes__[0].startswith("raised in block 0 (AdditiveCoupling), going back")

@@ -157,7 +157,8 @@ class InvertibleConv1x1(ChannelMap):
     def weights(self) -> tuple[Tensor, None, Tensor]:
         if not self.lu:
             weight = self.weight  # once: a parametrization may give another one each time
-            return weight, None, torch.linalg.slogdet(weight).logabsdet
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            return weight, None, torch.linalg.slogdet(wide).logabsdet
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
         with autocast_off(upper.device):
             product = torch.addmm(upper, self.lower.tril(-1), upper)  # L U, without L's diagonal

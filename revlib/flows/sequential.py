@@ -1,9 +1,11 @@
 """The chain of a flow: the engine of `ReversibleSequential`, with a log_det."""
 
+from copy import deepcopy
+
 from torch import Tensor, nn
 
 from revlib.autograd import Leg
-from revlib.diagnosis import find_nonfinite
+from revlib.diagnosis import find_drift, find_nonfinite
 from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import refuse_sharded_start
 from revlib.flows.layer import FlowLayer, Latent, packed, zeros
@@ -70,7 +72,18 @@ class FlowSequential(ReversibleSequential, FlowLayer):
         """
         legs = self._legs(inverse=inverse)[:: -1 if inverse else 1]
         x, *latents = _unpacked(x, sum(leg.n_latents for leg in legs))
-        return find_nonfinite(legs, x, context, latents)
+        return find_nonfinite(legs, x, context, latents, exact=self.exact)
+
+    def find_drift(
+        self, x: Latent, context: Tensor | None = None, *, inverse: bool = False
+    ) -> str:
+        """Says which layer's rebuilt input is first far from what it was, from the end on.
+
+        As for :class:`revlib.ReversibleSequential`; `inverse` takes the tuple of latents.
+        """
+        legs = deepcopy(self)._legs(inverse=inverse)[:: -1 if inverse else 1]
+        x, *latents = _unpacked(x, sum(leg.n_latents for leg in legs))
+        return find_drift(legs, x, context, latents, exact=self.exact)
 
     def _check_contract(self, label: str, block: nn.Module) -> None:
         if not isinstance(block, FlowLayer):
