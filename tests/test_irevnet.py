@@ -342,6 +342,7 @@ def test_a_foreign_name_raises():
     ("build", "image_shape", "message"),
     [
         (irevnet_a, (3, 30, 32), r"height and width divisible by 4, .*; got \(3, 30, 32\)"),
+        (irevnet_a, (3, 32, 30), r"height and width divisible by 4, .*; got \(3, 32, 30\)"),
         (irevnet_b, (3, 28, 28), r"height and width divisible by 8, .*; got \(3, 28, 28\)"),
         (irevnet_b, (3, 100, 224), r"divisible by 32, .*; got \(3, 100, 224\)"),
         (irevnet_b, (32, 32), r"must be \(channels, height, width\); got \(32, 32\)"),
