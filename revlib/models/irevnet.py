@@ -98,25 +98,24 @@ class IRevNet(nn.Module):
             blocks["squeeze"] = Squeeze(squeeze)
         if padding > 0:
             blocks["pad"] = PadChannels(padding)
-        c_in, place = channels // 2, 0
+        c_in = channels // 2
         # Of the second stream, which the first sub-network sees.
         padded = min(padding, c_in)
-        for depth, first_stride in zip(units, strides, strict=True):
-            for stride in (first_stride, *[1] * (depth - 1)):
-                c_out = c_in * stride**2
-                f = sub_network(
-                    c_in,
-                    max(1, c_out // bottleneck),
-                    c_out,
-                    stride=stride,
-                    kernels=kernels,
-                    dropout=dropout,
-                    first=place == 0,
-                )
-                if place == 0 and padded:
-                    f = Unpadded(padded, *f)
-                blocks[str(place)] = SwapCoupling(f, stride=stride)
-                c_in, place = c_out, place + 1
+        by_stage = zip(units, strides, strict=True)
+        by_coupling = [s for depth, first in by_stage for s in (first, *[1] * (depth - 1))]
+        for place, stride in enumerate(by_coupling):
+            c_out = c_in * stride**2
+            f = sub_network(
+                (c_in, max(1, c_out // bottleneck), c_out),
+                kernels,
+                stride=stride,
+                dropout=dropout,
+                first=place == 0,
+            )
+            if place == 0 and padded:
+                f = Unpadded(padded, *f)
+            blocks[str(place)] = SwapCoupling(f, stride=stride)
+            c_in = c_out
         self.trunk = ReversibleSequential(blocks, policy=policy, exact=exact)
         self.feature_shape = (2 * c_in, height // coarser, width // coarser)
         self.head = head(2 * c_in, num_classes)
@@ -142,12 +141,10 @@ class IRevNet(nn.Module):
 
 
 def sub_network(
-    c_in: int,
-    c: int,
-    c_out: int,
+    channels: tuple[int, int, int],
+    kernels: tuple[int, int, int],
     *,
     stride: int,
-    kernels: tuple[int, int, int],
     dropout: float,
     first: bool,
 ) -> nn.Sequential:
@@ -157,7 +154,7 @@ def sub_network(
     Dropout stands where the published code has it, and is there even if nothing is dropped, so
     that the keys of the state dict do not depend on it.
     """
-    k1, k2, k3 = kernels
+    (c_in, c, c_out), (k1, k2, k3) = channels, kernels
     layers = [] if first else [nn.BatchNorm2d(c_in), nn.ReLU(inplace=True)]
     return nn.Sequential(
         *layers,
