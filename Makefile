@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test bench bench-flows gpu-test gpu-bench gpu $(FAST_PARTS) $(SLOW_PARTS) $(GPU_PARTS)
+.PHONY: help install demo check test bench bench-flows bench-exact gpu-test gpu-bench gpu $(FAST_PARTS) $(SLOW_PARTS) $(GPU_PARTS)
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,10 @@ bench: $(INSTALLED) ## memory and time of training steps, here and in other libr
 bench-flows: $(INSTALLED) ## flows, here and in other libraries: make bench-flows DATA=cifar10.npz
 	@test -n "$(DATA)" || { echo "Name a file of images: make $@ DATA=cifar10.npz" >&2; exit 1; }
 	$(BIN)/python -m benchmarks.flows "$(DATA)"
+
+bench-exact: $(INSTALLED) ## drift, exact chains and what they cost: make bench-exact DATA=cifar10.npz
+	@test -n "$(DATA)" || { echo "Name a file of images: make $@ DATA=cifar10.npz" >&2; exit 1; }
+	$(BIN)/python -m benchmarks.exactness "$(DATA)"
 
 # Triton computes on the GPU, and fuses multiplications and additions as users' Triton does.
 gpu-test gpu-bench gpu $(GPU_PARTS): export TRITON_INTERPRET := 0

@@ -48,7 +48,7 @@ class Plan:
 QUICK = Plan(size=8, steps=1, hidden=4, n_train=16, n_test=8, batch=4, iterations=2, seeds=2)
 
 
-def build_ours(plan: Plan, policy: str) -> flows.Flow:
+def build_ours(plan: Plan, policy: str, *, exact: bool = False) -> flows.Flow:
     layers: list[flows.FlowLayer] = []
     channels = 3
     for level in range(plan.levels):
@@ -56,7 +56,7 @@ def build_ours(plan: Plan, policy: str) -> flows.Flow:
         channels *= 4 if level == 0 else 2
         for _ in range(plan.steps):
             layers += glow_step(channels, plan.hidden)
-    return flows.Flow(flows.FlowSequential(*layers, policy=policy))
+    return flows.Flow(flows.FlowSequential(*layers, policy=policy, exact=exact))
 
 
 def build_normflows(plan: Plan, ours: flows.Flow) -> nn.Module:

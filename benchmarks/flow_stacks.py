@@ -40,9 +40,9 @@ def glow_step(
     return [flows.ActNormConv1x1(channels), flows.AffineCoupling(net, scale="sigmoid")]
 
 
-def glow_stack(depth: int, policy: str) -> flows.FlowSequential:
+def glow_stack(depth: int, policy: str = "rebuild", exact: bool = False) -> flows.FlowSequential:
     layers = (layer for _ in range(depth) for layer in glow_step(CHANNELS))
-    return flows.FlowSequential(*layers, policy=policy)
+    return flows.FlowSequential(*layers, policy=policy, exact=exact)
 
 
 class CheckpointPerStep(nn.ModuleList):

@@ -136,9 +136,11 @@ def centre(s):
 def divided(v, s, WIDE: tl.constexpr):
     """The floored quotient, and the remainder."""
     if WIDE:
-        return floor_divide(v, s)
-    quotient = tl.floor(v / s)
-    return quotient, v - quotient * s
+        quotient, rest = floor_divide(v, s)
+    else:
+        quotient = tl.floor(v / s)
+        rest = v - quotient * s
+    return quotient, rest
 
 
 @triton.jit

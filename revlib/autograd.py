@@ -42,8 +42,7 @@ Policy = Literal["rebuild", "store", "recompute"]
 Extras = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
-class Leg:
+class Leg(NamedTuple):
     """One block of a chain, in the direction in which the chain runs it."""
 
     block: nn.Module
@@ -271,7 +270,7 @@ def _store(
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
-    with recording(exact, anew=leg.is_anchor):
+    with recording(exact, streams, anew=leg.is_anchor):
         outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
     check_finite(leg.label, "what it returned", outputs)
     streams, extra = _cut(outputs, inner)
@@ -280,8 +279,7 @@ def _store(
     return streams, inner, extra
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """How a leg stands in its chain.
 
     Attributes:
@@ -373,7 +371,7 @@ class BlockFunction(torch.autograd.Function):
         latents, parameters = others[: leg.n_latents], others[leg.n_latents :]
         evaluate = Record(context, leg.label, exact)
         entered = node.enter(arriving)
-        with recording(exact, anew=leg.is_anchor) as use:
+        with recording(exact, entered, anew=leg.is_anchor) as use:
             outputs = leg((*entered, *latents), evaluate)
         check_finite(leg.label, "what it returned", outputs)
         outputs, extra = _cut(outputs, node.form)
@@ -388,18 +386,18 @@ class BlockFunction(torch.autograd.Function):
             kept, beside = arriving, latents
         elif node.keeps_output:
             kept = outputs
-        sample = ()
+        sample = None
         if tape.guard is not None and not ctx.recompute:
             sample = tape.guard.sample(entered, starts=node.previous != "rebuild")
-        ctx.formats = tuple(map(memory_format, entered)) if sample else ()
+        ctx.formats = () if sample is None else tuple(map(memory_format, entered))
         ctx.keeps_state = exact is not None and (use.restarted or node.keeps_output)
         state = None
         if ctx.keeps_state:
             state = use.prior if use.restarted else exact.lend()
         constants = [slot.tensor for e in evaluate.evaluations for slot in e.constants]
         constants = [c for c in constants if c is not None and not c.is_inference()]
-        ctx.save_for_backward(context, state, *kept, *beside, *sample, *parameters, *constants)
-        ctx.n_kept, ctx.n_beside, ctx.n_sample = len(kept), len(beside), len(sample)
+        ctx.save_for_backward(context, state, sample, *kept, *beside, *parameters, *constants)
+        ctx.n_kept, ctx.n_beside = len(kept), len(beside)
         ctx.node, ctx.tape, ctx.parameters, ctx.use = node, tape, parameters, use
         ctx.evaluations = evaluate.evaluations
         ctx.autocast = Autocast.current(arriving[0].device)
@@ -414,12 +412,10 @@ class BlockFunction(torch.autograd.Function):
                 f"{leg.label}: a rebuilt or recomputed block cannot be differentiated twice "
                 "(create_graph=True); give it policy='store'"
             )
-        context, state, *saved = ctx.saved_tensors
-        rest = iter(saved)
-        kept, beside, sample = (
-            tuple(islice(rest, n)) for n in (ctx.n_kept, ctx.n_beside, ctx.n_sample)
-        )
-        del saved, rest
+        context, state, sample, *saved = ctx.saved_tensors
+        kept = tuple(saved[: ctx.n_kept])
+        beside = tuple(saved[ctx.n_kept : ctx.n_kept + ctx.n_beside])
+        del saved
         if ctx.keeps_state:
             tape.exact.state, tape.exact.borrowed = state, True
         if node.keeps_output:
@@ -452,7 +448,7 @@ class BlockFunction(torch.autograd.Function):
                 )
                 rebuilt, _ = _cut(inputs, node.form)
                 check_finite(leg.label, "what was rebuilt of its input", rebuilt)
-                if sample:
+                if sample is not None:
                     dense = tuple(map(in_format, rebuilt, ctx.formats))
                     tape.error = tape.guard.compare(
                         leg.label, sample, dense, tape.error, exact=tape.exact is not None

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ def find_nonfinite(
     if not is_finite(*(t for t in tree_leaves((x, latents, context)) if t is not None)):
         return "what was put in is not finite"
     latents = list(latents)
-    legs = [replace(leg, block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
+    legs = [leg._replace(block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
     with torch.no_grad(), torch.random.fork_rng():
         for leg in legs:
             outcome = run_chain([leg], x, context, take_latents(leg, latents))

@@ -1,8 +1,8 @@
 """How blocks call their sub-networks, so that a chain can record an evaluation and replay it."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
 from typing import Any
 
@@ -23,7 +23,6 @@ from revlib.replay import (
     parts_of,
     rng_set,
     rng_states,
-    slots,
     tensors_set,
     writes_statistics_only,
 )
@@ -167,9 +166,10 @@ class Record(Evaluate):
                     f"{self.label}: TorchScript hides the state of {part.original_name}, so it "
                     "cannot be evaluated again as it was; give the block policy='store'"
                 )
-            parameters += slots(part._parameters)
-            kind = scratch if writes_statistics_only(part) else buffers
-            kind += slots(part._buffers, with_empty=True)
+            parameters += part._parameters.values()
+            if part._buffers:
+                kind = scratch if writes_statistics_only(part) else buffers
+                kind += [Slot(part._buffers, *item) for item in part._buffers.items()]
         modes = [part.training for part in parts]
         copies = {slot.tensor: slot.tensor.clone() for slot in buffers if slot.tensor is not None}
         before = [(slot, _version(slot.tensor), copies.get(slot.tensor)) for slot in buffers]
@@ -185,7 +185,14 @@ class Record(Evaluate):
         drew = any(map(differ, rng, rng_states(device)))
         self.evaluations.append(
             Evaluation(
-                module, parts, modes, parameters, constants, priors, scratch, rng if drew else None
+                module,
+                parts,
+                modes,
+                tuple(parameters),
+                constants,
+                priors,
+                scratch,
+                rng if drew else None,
             )
         )
         return value
@@ -302,16 +309,20 @@ class Replay(Evaluate):
         with self._as_the_first_time(evaluation, args):
             return super()._call(module, args)
 
-    @contextmanager
-    def _as_the_first_time(self, evaluation: Evaluation, args: tuple[Any, ...]) -> Iterator[None]:
+    def _as_the_first_time(
+        self, evaluation: Evaluation, args: tuple[Any, ...]
+    ) -> AbstractContextManager[None]:
+        """Sets all that was otherwise the first time, which mostly is nothing."""
         with ExitStack() as stack:
-            stack.enter_context(modes_set(evaluation.parts, evaluation.modes))
-            stack.enter_context(tensors_set(self._substitutes(evaluation)))
+            if evaluation.modes != [part.training for part in evaluation.parts]:
+                stack.enter_context(modes_set(evaluation.parts, evaluation.modes))
+            if substitutes := self._substitutes(evaluation):
+                stack.enter_context(tensors_set(substitutes))
             if evaluation.rng is not None:
-                device = _device(evaluation.parts, args)
-                stack.enter_context(rng_set(device, evaluation.rng))
-            stack.enter_context(self._autocast.restored())
-            yield
+                stack.enter_context(rng_set(_device(evaluation.parts, args), evaluation.rng))
+            if not self._autocast.is_off():
+                stack.enter_context(self._autocast.restored())
+            return stack.pop_all()
 
     def _substitutes(self, evaluation: Evaluation) -> list[tuple[Slot, Tensor]]:
         """Returns what places of the module must hold in place of what they hold now."""
@@ -323,15 +334,17 @@ class Replay(Evaluate):
         found += [(slot, copies.get(slot.tensor)) for slot in evaluation.priors]
         found += [(slot, slot.tensor) for slot in evaluation.constants if not slot.is_untouched()]
         stand_ins = {}
-        for slot in evaluation.parameters:
-            parameter = slot.tensor
+        places = ((part._parameters, key) for part in evaluation.parts for key in part._parameters)
+        for (holder, key), parameter in zip(places, evaluation.parameters, strict=True):
             # A hook on the parameter would run in our gradient pass and once more when the
             # gradient we return reaches the parameter.
-            if slot.is_untouched() and parameter.is_leaf and not parameter._backward_hooks:
+            if holder[key] is parameter and (
+                parameter is None or (parameter.is_leaf and not parameter._backward_hooks)
+            ):
                 continue
-            if parameter not in stand_ins:
+            if parameter is not None and parameter not in stand_ins:
                 stand_ins[parameter] = _leaf(parameter)
-            found.append((slot, stand_ins[parameter]))
+            found.append((Slot(holder, key, parameter), stand_ins.get(parameter)))
         for parameter, stand_in in stand_ins.items():
             if parameter in self._places:
                 self._places[stand_in] = self._places[parameter]

@@ -38,11 +38,11 @@ class Exact:
 
     Attributes:
         dtype: That of the stream, float32 or float64.
-        width: The elements of a sample.
+        size: How many elements of a sample the block at hand is given.
         narrow: The half-precision dtype in which sub-networks are called, if the caller's tensors
             are of one.
-        state: The state, [batch, width], or None before the first scaling. Scalings change it in
-            place.
+        state: The state, [batch, size of the largest stream], or None before the first scaling.
+            Scalings change it in place.
         borrowed: Whether somebody else holds the state too, so that it must be copied before.
         used: The columns of the state that each scaling used.
         replayed: In backward the columns that the next scalings use, the last one first.
@@ -51,15 +51,14 @@ class Exact:
     """
 
     dtype: torch.dtype
-    width: int
     narrow: torch.dtype | None
+    size: int = 0
     state: Tensor | None = None
     borrowed: bool = False
     used: list[tuple[int, int]] = field(default_factory=list)
     replayed: list[tuple[int, int]] | None = None
     labels: list[str] = field(default_factory=list)
     first_overflow: Tensor | None = None
-    cursor: int = 0
 
     @classmethod
     def of(cls, streams: Streams) -> Self:
@@ -68,8 +67,7 @@ class Exact:
         if dtype.is_complex:
             raise TypeError(f"an exact chain takes real floating-point tensors; got {dtype}")
         wide = torch.promote_types(dtype, torch.float32)
-        width = sum(math.prod(x.shape[1:]) for x in streams)
-        return cls(wide, width, None if wide == dtype else dtype)
+        return cls(wide, None if wide == dtype else dtype)
 
     @property
     def bits(self) -> int:
@@ -79,7 +77,7 @@ class Exact:
         """Brings streams to the nearest points of the grid; gradients pass through."""
         entered = tuple(snap(x, self.dtype, self.bits) for x in streams)
         for x in entered:
-            self.note(label, reference.is_out_of_range(x, LIMITS[self.dtype]))
+            self.note(label, reference.is_out_of_range(x.detach(), LIMITS[self.dtype]))
         return entered
 
     def add(self, x: Tensor, update: Tensor, label: str) -> Tensor:
@@ -93,12 +91,20 @@ class Exact:
         return x
 
     def affine_coupling(
-        self, x: Tensor, h: Tensor, label: str, *, inverse: bool, **options: Any
+        self,
+        x: Tensor,
+        h: Tensor,
+        label: str,
+        *,
+        inverse: bool,
+        first: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
+        """Runs the op of this name; `first`: whether `x` is the first half of the stream."""
         op = functional.exact_affine_coupling
         if inverse:
             op = functional.exact_affine_coupling_inverse
-        y, log_det, overflow = op(x, h, self.slot(x), bits=self.bits, **options)
+        y, log_det, overflow = op(x, h, self.slot(x, first=first), bits=self.bits, **options)
         self.note(label, overflow)
         return y, log_det
 
@@ -141,15 +147,19 @@ class Exact:
         self.note(label, overflow)
         return y, log_det
 
-    def slot(self, x: Tensor) -> Tensor:
-        """Returns the part of the state that a scaling of `x` changes, shaped like `x`."""
+    def slot(self, x: Tensor, *, first: bool = False) -> Tensor:
+        """Returns the part of the state that a scaling of `x` changes, shaped like `x`.
+
+        It is that of the elements of `x`, so that what scales them up again empties it.
+        """
         if self.replayed is None:
-            start, n = self._next_columns(x)
+            n = math.prod(x.shape[1:])
+            start = 0 if first else max(0, self.size - n)
             self.used.append((start, n))
         else:
             start, n = self.replayed.pop()
         if self.state is None:
-            self.state = self._fresh(x, max(self.width, start + n))
+            self.state = self._fresh(x, max(self.size, start + n))
         elif start + n > self.state.shape[1]:
             more = self._fresh(x, start + n - self.state.shape[1])
             self.state = torch.cat((self.state, more), 1)
@@ -202,15 +212,6 @@ class Exact:
             "with a fresh state), or build the chain with exact=False"
         )
 
-    def _next_columns(self, x: Tensor) -> tuple[int, int]:
-        """Takes turns over the state, so that what is scaled down again and again is spread."""
-        n = math.prod(x.shape[1:])
-        if n >= self.width:
-            return 0, n
-        start = self.cursor if self.cursor + n <= self.width else 0
-        self.cursor = start + n
-        return start, n
-
     def _fresh(self, x: Tensor, columns: int) -> Tensor:
         return x.new_full((len(x), columns), FRESH_STATE, dtype=torch.long)
 
@@ -231,12 +232,16 @@ class Use:
 
 
 @contextmanager
-def recording(exact: Exact | None, *, anew: bool) -> Iterator[Use]:
-    """Notes what a block does with the state. If `anew`, it is given a fresh one if it scales."""
+def recording(exact: Exact | None, streams: Streams, *, anew: bool) -> Iterator[Use]:
+    """Notes what a block that is given `streams` does with the state.
+
+    If `anew`, it is given a fresh one if it scales.
+    """
     use = Use()
     if exact is None:
         yield use
         return
+    exact.size = sum(math.prod(x.shape[1:]) for x in streams)
     start, prior, borrowed = len(exact.used), exact.state, exact.borrowed
     if anew:
         exact.state, exact.borrowed = None, False

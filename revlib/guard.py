@@ -39,14 +39,14 @@ class Guard:
     def __reduce__(self) -> tuple[type["Guard"], tuple[()]]:
         return type(self), ()  # a copy of a chain has run no backward
 
-    def sample(self, streams: Streams, *, starts: bool) -> Streams:
+    def sample(self, streams: Streams, *, starts: bool) -> Tensor | None:
         """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does."""
         if not starts or not all(map(has_values, streams)):
-            return ()
-        return tuple(spread(x, len(streams)).clone() for x in streams)
+            return None
+        return torch.cat([spread(x, len(streams)) for x in streams])
 
     def compare(
-        self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None, *, exact: bool
+        self, label: str, kept: Tensor, rebuilt: Streams, worst: Tensor | None, *, exact: bool
     ) -> Tensor:
         """Notes how far a rebuilt input is off; returns that or `worst`, whichever is worse.
 
@@ -57,8 +57,8 @@ class Guard:
             worst: What was found before in this backward pass, or None.
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
-        error = relative_error(kept, tuple(spread(x, len(rebuilt)) for x in rebuilt))
-        self._say(f"{self.chain}, from {label}", bound_for(kept, exact=exact), error)
+        error = relative_error(kept, self.sample(rebuilt, starts=True))
+        self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
         self.error = error if worst is None else torch.maximum(worst, error)
         return self.error
 
@@ -93,14 +93,14 @@ class Probe(Guard):
         super().__init__()
         self.errors: list[tuple[str, float, float]] = []
 
-    def sample(self, streams: Streams, *, starts: bool) -> Streams:
-        return tuple(x.clone() for x in streams)
+    def sample(self, streams: Streams, *, starts: bool) -> Tensor:
+        return torch.cat([x.flatten() for x in streams])
 
     def compare(
-        self, label: str, kept: Streams, rebuilt: Streams, worst: Tensor | None, *, exact: bool
+        self, label: str, kept: Tensor, rebuilt: Streams, worst: Tensor | None, *, exact: bool
     ) -> Tensor:
-        error = relative_error(kept, rebuilt)
-        self.errors.append((label, error.item(), bound_for(kept, exact=exact)))
+        error = relative_error(kept, self.sample(rebuilt, starts=True))
+        self.errors.append((label, error.item(), bound_for(rebuilt, exact=exact)))
         return error
 
     def report(self) -> str:
@@ -136,13 +136,10 @@ def spread(x: Tensor, n_streams: int) -> Tensor:
     return flat[::step][:n]
 
 
-def relative_error(kept: Streams, rebuilt: Streams) -> Tensor:
-    errors, sizes = [], []
-    for true, x in zip(kept, rebuilt, strict=True):
-        errors.append((x - true).abs().amax())
-        sizes.append(true.abs().amax())
-    size = torch.stack(sizes).amax()
-    return torch.stack(errors).amax() / size.clamp_min(torch.finfo(size.dtype).tiny)
+def relative_error(true: Tensor, values: Tensor) -> Tensor:
+    """Returns the largest error relative to the largest value."""
+    error, size = (torch.linalg.vector_norm(t, torch.inf) for t in (values - true, true))
+    return error / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def bound_for(streams: Streams, *, exact: bool) -> float:

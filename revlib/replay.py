@@ -39,15 +39,17 @@ class Slot(NamedTuple):
         return self.holder.get(self.key) is self.tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What one evaluation of one sub-network used; kept until backward replays it.
+
+    There is one for each sub-network in every step, and Python's garbage collector looks at all
+    that these hold. So parameters are in one tuple, without the places that they come from.
 
     Attributes:
         module: The sub-network.
         parts: The module and each of its descendants.
         modes: `training` of each part.
-        parameters: The parameters it was evaluated with.
+        parameters: The parameters it was evaluated with, None included, part after part.
         constants: The buffers that it left as they were.
         priors: The buffers that it changed, with copies of what they held before.
         scratch: The buffers that it wrote without reading them.
@@ -57,7 +59,7 @@ class Evaluation:
     module: nn.Module
     parts: list[nn.Module]
     modes: list[bool]
-    parameters: list[Slot]
+    parameters: tuple[Tensor | None, ...]
     constants: list[Slot]
     priors: list[Slot]
     scratch: list[Slot]
@@ -88,6 +90,10 @@ class Autocast:
             ),
             torch.is_autocast_cache_enabled(),
         )
+
+    def is_off(self) -> bool:
+        """Tells whether autocast was off, and is off now."""
+        return not any(on or torch.is_autocast_enabled(kind) for kind, _, on in self.states)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -132,15 +138,6 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def slots(holder: dict[str, Tensor | None], *, with_empty: bool = False) -> list[Slot]:
-    """Returns the places of a module's `_parameters` or `_buffers` that are filled, or all."""
-    return [
-        Slot(holder, key, tensor)
-        for key, tensor in holder.items()
-        if with_empty or tensor is not None
-    ]
-
-
 @contextmanager
 def tensors_set(substitutes: list[tuple[Slot, Tensor]]) -> Iterator[None]:
     """Puts tensors in places, for a while: a `functional_call` that need not search by name."""
@@ -158,9 +155,6 @@ def tensors_set(substitutes: list[tuple[Slot, Tensor]]) -> Iterator[None]:
 def modes_set(parts: list[nn.Module], modes: list[bool]) -> Iterator[None]:
     """Sets `training` of each part, for a while."""
     now = [part.training for part in parts]
-    if now == modes:
-        yield
-        return
     for part, mode in zip(parts, modes, strict=True):
         part.training = mode
     try:

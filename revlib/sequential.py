@@ -4,7 +4,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import Self, get_args
 
 from torch import Tensor, nn
@@ -284,7 +283,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                 continue
             leg = make_leg(block, prefix + name, policy, is_anchor=is_anchor, inverse=inverse)
             if self.exact and leg.policy == "rebuild" and not leg.is_exact:
-                leg = replace(leg, policy="recompute")  # called whole, for it carries hooks
+                leg = leg._replace(policy="recompute")  # called whole, for it carries hooks
             legs.append(leg)
         return legs
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import peers
 from revlib.benchmarking import measure, measuring
 from revlib.benchmarking.__main__ import main
+from revlib.benchmarking.picture import draw
 from revlib.benchmarking.records import read
 from revlib.benchmarking.report import tabulate, to_markdown
 
@@ -168,6 +169,33 @@ def test_the_report_is_named_by_device_and_date(tmp_path, monkeypatch):
         "cpu-x-2020-02-02.json",
         "cpu-x-2020-02-02.md",
     ]
+
+
+def test_errors_along_an_axis_are_drawn_with_0_below_all_others(tmp_path):
+    benchmarks = [
+        {
+            "params": {"depth": depth, "method": method},
+            "extra_info": {"error, float32": error * depth, "other": 1.0},
+        }
+        for method, error in (("float", 1e-6), ("exact", 0.0), ("lost", float("nan")))
+        for depth in (1, 10)
+    ]
+    (group,) = read([benchmark_json(tmp_path / "a.json", benchmarks)]).groups
+
+    (panel,) = draw(group).axes
+
+    lines = {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+    assert panel.get_title(loc="left") == "error, float32"
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    ticks = dict(zip(names, panel.get_yticks(), strict=True))
+    assert lines["float"] == pytest.approx([1e-6, 1e-5])
+    assert lines["exact"] == [ticks["0"]] * 2 and ticks["0"] < 1e-6
+
+
+def test_a_group_without_memory_or_errors_has_no_picture(tmp_path):
+    (group,) = read([benchmark_json(tmp_path / "a.json", [{}])]).groups
+
+    assert draw(group) is None
 
 
 def test_names_with_brackets_and_bars_are_shown_as_they_are(tmp_path, capsys, monkeypatch):

@@ -308,9 +308,11 @@ def test_each_sub_network_is_evaluated_twice(device):
     assert len(calls) == 2 * 2
 
 
-def peak_and_saved(make: Callable, depth: int, channels: int, device) -> tuple[int, int]:
+def peak_and_saved(
+    make: Callable, depth: int, channels: int, device, *, first: bool = True
+) -> tuple[int, int]:
     chain = make(depth).to(device)
-    x = torch.randn(2, channels, 8, 8, device=device)
+    x = torch.randn(2, channels, 8, 8, device=device, requires_grad=not first)
     loss_of(chain(x)).backward()
     chain.zero_grad()
     weights = [torch.ones_like(part) for part in tree_leaves(chain(x))]
@@ -329,6 +331,13 @@ def test_memory_does_not_grow_with_depth(make):
     measured = {peak_and_saved(make, depth, channels, "cpu") for depth in (2, 3, 9)}
 
     assert len(measured) == 1
+
+
+def test_a_chain_behind_other_layers_saves_no_more_than_one_that_is_the_first():
+    _, saved_first = peak_and_saved(deep, 3, 4, "cpu")
+    _, saved_behind = peak_and_saved(deep, 3, 4, "cpu", first=False)
+
+    assert saved_behind == saved_first
 
 
 def test_saved_is_the_output_and_where_the_chain_scales_a_state_of_8_bytes_per_element():
@@ -482,6 +491,7 @@ def test_copies_pickles_and_state_dicts_are_those_of_any_chain():
     assert all(map(torch.equal, tree_leaves(other.eval()(x)), tree_leaves(chain.eval()(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [deep, glow])
 @torch.no_grad()
 def test_calls_without_gradients_compile_into_one_graph(make):
@@ -527,3 +537,22 @@ def test_kernels_change_nothing_of_it(name, direction):
         got = step(chain, args, getattr(chain, direction))
 
         assert_equal(got, step(twin, twin_args, getattr(twin, direction)))
+
+
+@torch.no_grad()
+def test_the_state_follows_its_elements_so_that_an_untrained_glow_is_far_from_filling_it():
+    flow = flows.glow((3, 16, 16), levels=2, steps=64, hidden=1, exact=True)
+    states = []
+
+    class Seen(flows.FlowLayer):
+        can_be_exact = True
+
+        def forward_streams(self, streams, evaluate):
+            states.append(evaluate.exact.state.max().item())
+            return *streams, None
+
+    chain = flows.FlowSequential(*flow.transform, Seen(), policy="store", exact=True)
+    chain(torch.rand(16, 3, 16, 16))
+
+    # It has room for 61 bits. Where couplings used columns in turn, 41 were used.
+    assert 2**15 < states[0] < 2**33

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import flow_likelihood, flow_memory_limit, flow_rounding, flows
+from benchmarks import flow_likelihood, flow_memory_limit, flow_rounding, parts
 from benchmarks.flow_images import batches, read_pictures
 from benchmarks.flow_stacks import METHODS, make_input, nll, training_step
+from benchmarks.flows import FLOWS
 from revlib.memory import measure_step
 
 
@@ -138,7 +139,7 @@ def test_an_error_that_is_not_of_memory_is_not_taken_for_one():
 def test_a_part_runs_and_reports_alone(part, data, tmp_path):
     arguments = [str(data), "--only", part, "--out", str(tmp_path), "--no-peers", "--quick"]
 
-    assert flows.main(arguments) == 0
+    assert FLOWS.main(arguments) == 0
 
     (report,) = tmp_path.glob("*.md")
     measured = json.loads((tmp_path / f"{part}.json").read_text())
@@ -148,9 +149,9 @@ def test_a_part_runs_and_reports_alone(part, data, tmp_path):
 
 def test_a_library_that_cannot_be_installed_is_told_of(tmp_path, monkeypatch):
     results = tmp_path / "steps-nothing.json"
-    monkeypatch.setattr(flows, "install", lambda peer: f"ERROR: no {peer}")
+    monkeypatch.setattr(parts, "install", lambda peer: f"ERROR: no {peer}")
 
-    flows.run_peer("nothing==1", [], results)
+    parts.run_peer("nothing==1", [], results)
 
     told = json.loads(results.read_text())
     assert told == {"benchmarks": [], "not_measured": {"nothing==1": "ERROR: no nothing==1"}}

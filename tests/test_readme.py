@@ -1,5 +1,6 @@
 """The examples on the pages run as they stand, and save the memory that the pages speak of."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from revlib.memory import measure_step
 
 README = Path(__file__).parent.parent / "README.md"
 FLOWS = README.parent / "docs" / "flows.md"
+EXACTNESS = README.parent / "docs" / "exactness.md"
 
 
 def examples(page: Path) -> list[str]:
@@ -76,6 +78,48 @@ def test_the_examples_of_the_page_on_flows_run_in_order_and_its_figures_are_righ
     for policy, loss, figures in rows:
         for steps, figure in zip((4, 8, 16), figures.split(" | "), strict=True):
             assert f"{names['peak'](policy, loss, steps):.2f}" == figure, (policy, loss, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_the_examples_of_the_page_on_exactness_run_in_order_and_print_what_it_says(capsys):
+    names, printed = {}, []
+
+    for example in examples(EXACTNESS):
+        exec(compile(example, "exactness.md", "exec"), names)
+        printed += re.findall(r"print\(.*\)  # (.*?)(?: \.\.\.)?$", example, re.M)
+
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == len(printed) == 4
+    for line, promised in zip(told, printed, strict=True):
+        assert line.startswith(promised) or promised.endswith("or so")
+
+
+def test_the_errors_on_the_page_on_exactness_are_those_of_its_results():
+    page = EXACTNESS.read_text()
+    path = re.search(r"\[All tables\]\(\.\./(.*?)\.md\)", page)[1]
+    results = json.loads((README.parent / f"{path}.json").read_text())
+    measured = set()
+    for group in results["groups"]:
+        by_row = {}
+        for row in sorted(group["rows"], key=lambda row: row["position"] or 0):
+            for kind, value in row["values"].items():
+                if kind.startswith("error"):
+                    by_row.setdefault((row["name"], kind), []).append(value)
+        for (name, kind), values in by_row.items():
+            figures = " | ".join("**0**" if v == 0 else f"{v:.1e}" for v in values)
+            measured.add((kind.rpartition(", ")[2], name, figures))
+    rows = re.findall(r"^\| (float32|bf16 autocast): (.*?) \| (.*) \|$", page, re.M)
+    names = {
+        "stored, from float64": "store, from float64",
+        "float, anchored every 32 layers": "float, anchored every 32",
+        "MemCNN 1.5.2": "memcnn==1.5.2",
+        "RevTorch 0.2.4": "revtorch==0.2.4",
+    }
+
+    assert len(rows) == 11 + 4
+    for precision, name, figures in rows:
+        assert (precision, names.get(name, name), figures) in measured
 
 
 def test_the_figures_of_flows_are_those_of_their_page():

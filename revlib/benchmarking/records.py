@@ -16,6 +16,7 @@ PEAK = "peak activations, MiB"
 SAVED = "saved activations, MiB"
 OTHER = "other memory, MiB"
 TIME = "time, ms"
+ERROR = "error"  # the names of errors begin so
 
 # What `measure` records for the header, or shows in another form.
 _NO_VALUES = {"device", "threads", "seed", "torch", "revlib", "time_ratios"}

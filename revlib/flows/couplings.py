@@ -239,8 +239,9 @@ class AffineCoupling(Coupling):
     ) -> tuple[Tensor, Tensor]:
         if evaluate.exact is not None:
             h = self._with_kept(x, h, SCALE_BY_ONE[self.scale])
+            first = self.flip and self.mask == "channel"
             return evaluate.exact.affine_coupling(
-                x, h, evaluate.label, inverse=inverse, **self._options()
+                x, h, evaluate.label, inverse=inverse, first=first, **self._options()
             )
         ops = {
             ("channel", False): functional.affine_coupling,

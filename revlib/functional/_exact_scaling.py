@@ -28,7 +28,8 @@ def check_exact_stream(op: str, name: str, stream: Tensor, state: Tensor, bits: 
         raise ValueError(
             f"{op}: state must be on the device of {name}, {stream.device}; got {state.device}"
         )
-    if not has_memory_of_its_own(state):
+    # Strides that are symbols, as in a graph that is being compiled, cannot be sorted.
+    if not torch.compiler.is_compiling() and not has_memory_of_its_own(state):
         raise ValueError(
             f"{op}: state is written, so its elements need memory of their own; "
             f"got the sizes {list(state.shape)} with the strides {state.stride()}"

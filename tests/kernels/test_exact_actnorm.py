@@ -81,6 +81,7 @@ def test_is_bitwise_the_definition(shape, dtype, layout, direction, device):
     check_backward(direction, inputs)
 
 
+@pytest.mark.slow
 @each_direction
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
 @pytest.mark.parametrize("state_layout", oracle.LAYOUTS)
@@ -176,6 +177,7 @@ def test_values_out_of_range_raise_the_flag(dtype, direction, device):
     assert flag(0.0, -sign * 0.7, state=2**60)
 
 
+@pytest.mark.slow
 @each_direction
 @both_formats
 def test_runs_are_bitwise_alike(layout, direction, device):

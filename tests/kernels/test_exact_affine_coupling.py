@@ -100,6 +100,7 @@ def test_is_bitwise_the_definition(shape, dtype, direction, device):
     check_backward(direction, inputs)
 
 
+@pytest.mark.slow
 @each_direction
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
 @pytest.mark.parametrize("state_layout", oracle.LAYOUTS)
@@ -112,6 +113,7 @@ def test_any_layout_gives_the_same(interleaved, state_layout, layout, direction,
         check_backward(direction, inputs, interleaved=interleaved)
 
 
+@pytest.mark.slow
 @each_direction
 @every_scale
 @both_dtypes
@@ -132,6 +134,7 @@ def test_any_scale_is_that_of_the_definition_but_for_rounding(dtype, scale, dire
     assert not overflow
 
 
+@pytest.mark.slow
 @each_direction
 @every_scale
 @both_dtypes
@@ -155,6 +158,7 @@ def test_layers_are_undone_bit_for_bit(dtype, scale, direction, device):
     assert (state == 2**15).all() and (moved_state != 2**15).any()
 
 
+@pytest.mark.slow
 @each_direction
 @every_scale
 @both_dtypes
@@ -235,6 +239,7 @@ def test_flag_says_exactly_when_the_stream_is_out_of_range(dtype, direction, dev
         assert flag(*(torch.nan if each == place else 0.0 for each in range(3)))
 
 
+@pytest.mark.slow
 @each_direction
 @both_dtypes
 @pytest.mark.parametrize("power", [-100.0, -9.7, -1.0, 0.0, 1.0, 9.7, 100.0])
@@ -256,6 +261,7 @@ def test_flag_and_values_are_those_of_the_definition_at_the_edges(power, dtype, 
             assert overflow or not same_s or (torch.equal(y, want_y) and torch.equal(got, want))
 
 
+@pytest.mark.slow
 @each_direction
 @pytest.mark.parametrize("layout", [oracle.contiguous, oracle.channels_last_half])
 @pytest.mark.parametrize("place", [(0, 0, 0, 0), (0, 1, 0, 3), (2, 4, 16, 30)])

@@ -80,8 +80,8 @@ MISTAKES = {
     "range of the stream": (
         "exact_additive_coupling",
         "exact_additive_coupling",
-        "(tl.abs(y) < LIMIT) &",
-        "(tl.abs(x) < LIMIT) &",
+        "inside = tl.abs(y) < LIMIT",
+        "inside = tl.abs(x) < LIMIT",
     ),
     "rounding of a scale": (
         "exact_affine_coupling",
