@@ -168,7 +168,7 @@ def write_report(stem: Path, command: str, large: dict, deep: dict) -> list[Path
         f"system refuses it more than {ALLOWANCE} MiB beyond, which must hold activations, "
         "gradients and optimizer state. The images are the first of CIFAR-10 (Krizhevsky, "
         "Learning Multiple Layers of Features from Tiny Images, 2009). RevNet-1001 has 998 "
-        "layers.",
+        "layers. Seconds are those of one thread on a machine that others used at the time.",
         "\n".join(f"- {name}: {value}" for name, value in made_by.items()),
     ]
     md, js = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("md", "json"))
