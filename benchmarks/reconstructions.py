@@ -32,13 +32,18 @@ def build(images: Images, *, exact: bool) -> nn.Module:
     return irevnet_a(image_shape=shape, num_classes=images.classes, exact=exact)
 
 
+def pixels(x: Tensor) -> Tensor:
+    """Bytes become multiples of 1/256, which lie on the grid of an exact chain."""
+    return x.float() / 256
+
+
 def train(model: nn.Module, images: Images, steps: int) -> float:
     """Returns the share of the last quarter of the images that were told right when seen."""
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     right = []
     for i in range(steps):
         part = slice(i * BATCH, (i + 1) * BATCH)
-        logits, y = model(images.x_train[part]), images.y_train[part]
+        logits, y = model(pixels(images.x_train[part])), images.y_train[part]
         optimizer.zero_grad()
         F.cross_entropy(logits, y).backward()
         optimizer.step()
@@ -74,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     images = load_data(options.data)
-    x = images.x_test[:SHOWN]
+    x = pixels(images.x_test[:SHOWN])
     rows, figures = {"image": x}, {}
     for name, exact in (("from features", False), ("exact=True", True)):
         model = build(images, exact=exact)
