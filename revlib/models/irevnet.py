@@ -26,7 +26,8 @@ class IRevNet(nn.Module):
 
     The image is squeezed, padded with channels of zeros where the network is to be wider, and
     split in two streams; couplings do the rest, and where they stride both streams are squeezed.
-    So a training step keeps the features, and no activation that grows with depth.
+    So a training step keeps the features, and no activation that grows with depth; where the
+    image is padded and the trunk not exact, it also keeps the input of the second coupling.
 
     Args:
         units: The number of couplings of each stage.
@@ -116,7 +117,12 @@ class IRevNet(nn.Module):
                 f = Unpadded(padded, *f)
             blocks[str(place)] = SwapCoupling(f, stride=stride)
             c_in = c_out
-        self.trunk = ReversibleSequential(blocks, policy=policy, exact=exact)
+        policies = dict.fromkeys(blocks, policy)
+        if padding > 0 and policy == "rebuild" and not exact:
+            # It meets channels that are the same for all images. They have no spread either, and
+            # are no zeros: only an input that was kept is free of what batch norm would magnify.
+            policies["1"] = "recompute"
+        self.trunk = ReversibleSequential(blocks, policy=list(policies.values()), exact=exact)
         self.feature_shape = (2 * c_in, height // coarser, width // coarser)
         self.head = head(2 * c_in, num_classes)
         initialize(self)
