@@ -2,11 +2,12 @@
 
 from revlib import flows, functional, memory, models, testing
 from revlib.anchored import anchored
-from revlib.coupling import AdditiveCoupling
+from revlib.coupling import AdditiveCoupling, SwapCoupling
 from revlib.dispatch import use_kernels
 from revlib.finite import NonFiniteError
 from revlib.guard import DriftWarning
 from revlib.invertible import InvertibleModule
+from revlib.rearranging import PadChannels, Squeeze
 from revlib.sequential import ReversibleSequential
 
 __all__ = [
@@ -14,7 +15,10 @@ __all__ = [
     "DriftWarning",
     "InvertibleModule",
     "NonFiniteError",
+    "PadChannels",
     "ReversibleSequential",
+    "Squeeze",
+    "SwapCoupling",
     "anchored",
     "flows",
     "functional",

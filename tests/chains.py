@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from revlib import AdditiveCoupling, InvertibleModule, ReversibleSequential, flows
+from revlib import (
+    AdditiveCoupling,
+    InvertibleModule,
+    PadChannels,
+    ReversibleSequential,
+    Squeeze,
+    SwapCoupling,
+    flows,
+)
 
 
 class Rotation(InvertibleModule):
@@ -31,7 +39,7 @@ class Rotation(InvertibleModule):
         return torch.cat((cos * a - sin * b, sin * a + cos * b), 1)
 
 
-class Squeeze(InvertibleModule):
+class Shuffle(InvertibleModule):
     """A block that changes the shape: pixels to channels."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,6 +112,11 @@ def coupling(make: Callable[..., nn.Module], *sizes: int, **options: int) -> Add
 
 def dropping() -> AdditiveCoupling:
     return AdditiveCoupling(conv(3, dropout=0.4), conv(3, dropout=0.4))
+
+
+def swap(channels: int, stride: int = 1, dropout: float = 0.0) -> SwapCoupling:
+    f = conv(channels, channels * stride**2, dropout=dropout)
+    return SwapCoupling(nn.Sequential(f, nn.AvgPool2d(stride)), stride=stride)
 
 
 def spectral() -> AdditiveCoupling:
@@ -200,7 +213,7 @@ CASES = {
     "context": Case(lambda: [coupling(Conditioned, 3) for _ in range(3)], (5, 6), context=(5, 3)),
     "own-block": Case(lambda: [Rotation(), Rotation()], (5, 6)),
     "shape-changing": Case(
-        lambda: [coupling(conv, 2), Squeeze(), coupling(conv, 8)], (2, 4, 4, 4)
+        lambda: [coupling(conv, 2), Shuffle(), coupling(conv, 8)], (2, 4, 4, 4)
     ),
     "nested": Case(
         lambda: [coupling(mlp, 3), ReversibleSequential(Rotation(), coupling(mlp, 3))], (5, 6)
@@ -208,6 +221,18 @@ CASES = {
     "chain-in-sub-network": Case(
         lambda: [AdditiveCoupling(ReversibleSequential(coupling(mlp, 2)), mlp(4))], (5, 8)
     ),
+    "swap": Case(lambda: [SwapCoupling(mlp(3)) for _ in range(3)], (5, 6)),
+    "swap-pair": Case(lambda: [SwapCoupling(mlp(3)) for _ in range(2)], ((5, 3), (5, 3))),
+    "swap-context": Case(
+        lambda: [SwapCoupling(Conditioned(3)) for _ in range(2)], (5, 6), context=(5, 3)
+    ),
+    "swap-stride": Case(
+        lambda: [swap(2), swap(2, 2, dropout=0.4), coupling(conv, 8), swap(8)], (3, 4, 4, 4)
+    ),
+    "squeezed-and-padded": Case(
+        lambda: [Squeeze(), PadChannels(2), swap(3), swap(3)], (3, 1, 4, 4)
+    ),
+    "padded-within": Case(lambda: [swap(1), PadChannels(2), swap(2), swap(2)], (3, 2, 4, 4)),
     "identity": Case(lambda: [AdditiveCoupling(nn.Identity(), nn.Identity())], (5, 6)),
     "stored": Case(lambda: [dropping() for _ in range(2)], (2, 6, 4, 4), "store"),
     "recomputed": Case(lambda: [dropping() for _ in range(3)], (2, 6, 4, 4), "recompute"),

@@ -32,6 +32,21 @@ def test_squeeze_moves_squares_of_space_into_channels(memory_format, factor):
 
 @every_factor
 @both_formats
+def test_places_come_first_where_i_revnet_has_them(memory_format, factor):
+    x = draw(memory_format)
+    channels = x.shape[1]
+
+    y = functional.squeeze(x, factor, places_first=True)
+
+    for i in range(factor):
+        for j in range(factor):
+            first = (i * factor + j) * channels
+            assert torch.equal(y[:, first : first + channels], x[:, :, i::factor, j::factor])
+    assert torch.equal(functional.unsqueeze(y, factor, places_first=True), x)
+
+
+@every_factor
+@both_formats
 def test_unsqueeze_undoes_squeeze(memory_format, factor):
     x = draw(memory_format)
 
@@ -39,14 +54,15 @@ def test_unsqueeze_undoes_squeeze(memory_format, factor):
     assert torch.equal(functional.squeeze(functional.unsqueeze(x, factor), factor), x)
 
 
+@pytest.mark.parametrize("places_first", [False, True])
 @pytest.mark.parametrize("op", [functional.squeeze, functional.unsqueeze])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @both_formats
-def test_one_pass_keeps_the_memory_format(memory_format, dtype, op):
+def test_one_pass_keeps_the_memory_format(memory_format, dtype, op, places_first):
     x = draw(memory_format, dtype)
 
     with Passes(x.numel()) as passes:
-        y = op(x)
+        y = op(x, places_first=places_first)
 
     assert (passes.ops, passes.nbytes) == (["aten::clone"], x.nbytes + y.nbytes)
     assert y.is_contiguous(memory_format=memory_format)

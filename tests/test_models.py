@@ -32,29 +32,68 @@ def test_parameters_are_those_of_the_paper_and_of_the_twin(name, millions):
     assert count(create_model(name)) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-@pytest.mark.parametrize("name", model_names())
-def test_layers_with_weights_are_as_many_as_the_name_says(name):
-    layers = [m for m in create_model(name).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+@pytest.mark.parametrize(
+    ("name", "published", "millions"),
+    [("resnet101", 44.5, 44.541), ("revnet104", 45.2, 45.428)],
+)
+def test_parameters_for_imagenet_are_those_of_the_paper_to_half_a_percent(
+    name, published, millions
+):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=1000)
 
-    assert len(layers) == int(name[6:])
+    assert count(model) / 1e6 == pytest.approx(millions, abs=0.0005)
+    assert millions == pytest.approx(published, rel=0.0055)
+
+
+def test_revnet1001_has_about_the_parameters_of_its_twin():
+    with torch.device("meta"):
+        twin, model = create_model("resnet1001"), create_model("revnet1001")
+
+    assert count(twin) / 1e6 == pytest.approx(10.286, abs=0.0005)
+    assert count(model) == pytest.approx(count(twin), rel=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in model_names() if name[0] == "r"])
+def test_layers_with_weights_are_as_many_as_the_name_says(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    layers = [
+        layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not path.endswith(("shortcut", "s1", "s2"))
+    ]
+
+    # A coupling has six layers, and 1001 - 2 is no multiple of six.
+    assert len(layers) == {"revnet1001": 998}.get(name, int(name[6:]))
 
 
 @pytest.mark.parametrize("model", [ResNet, RevNet])
 @pytest.mark.parametrize("bottleneck", [False, True])
 @pytest.mark.parametrize("size", [8, 32, 33])
-def test_images_of_any_size_become_logits(model, bottleneck, size):
-    net = model(**TINY, bottleneck=bottleneck, num_classes=7, in_channels=1, dropout=0.1)
+@pytest.mark.parametrize("large_images", [False, True])
+def test_images_of_any_size_become_logits(model, bottleneck, size, large_images):
+    net = model(
+        **TINY,
+        bottleneck=bottleneck,
+        num_classes=7,
+        in_channels=1,
+        dropout=0.1,
+        large_images=large_images,
+    )
 
     assert net(torch.randn(2, 1, size, size)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("policy", ["rebuild", "recompute"])
 @pytest.mark.parametrize("bottleneck", [False, True])
-def test_gradients_equal_the_stored_runs(policy, bottleneck, device):
-    model = RevNet(**TINY, bottleneck=bottleneck, dropout=0.2, policy=policy).double().to(device)
+@pytest.mark.parametrize("large_images", [False, True])
+def test_gradients_equal_the_stored_runs(policy, bottleneck, large_images, device):
+    options = {"bottleneck": bottleneck, "large_images": large_images}
+    model = RevNet(**TINY, **options, dropout=0.2, policy=policy).double().to(device)
     stored = copy.deepcopy(model)
     stored.trunk.policy = "store"
-    x = torch.randn(4, 3, 16, 16, dtype=torch.double, device=device)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.double, device=device)
     for net in (model, stored):
         torch.manual_seed(1)
         nn.functional.cross_entropy(net(x), torch.arange(4, device=device)).backward()
@@ -74,6 +113,14 @@ def test_everything_between_the_transitions_is_rebuilt():
     assert [type(block) for block in model.trunk].count(Transition) == 2
     for block, policy in zip(model.trunk, model.trunk.policies(), strict=True):
         assert policy == ("rebuild" if isinstance(block, AdditiveCoupling) else "store")
+
+
+def test_images_of_imagenet_meet_the_blocks_at_a_quarter_of_their_size():
+    with torch.device("meta"):
+        model = create_model("revnet104")
+
+        assert model.stem(torch.empty(1, 3, 224, 224)).shape == (1, 128, 56, 56)
+        assert model.trunk(torch.empty(1, 128, 56, 56)).shape == (1, 3328, 7, 7)
 
 
 def test_policy_of_the_couplings_is_an_option():

@@ -12,7 +12,7 @@ from revlib import reference
 from revlib.functional._checks import check_tensors
 
 
-def squeeze(x: Tensor, factor: int = 2) -> Tensor:
+def squeeze(x: Tensor, factor: int = 2, *, places_first: bool = False) -> Tensor:
     """Moves squares of space into channels, as between the scales of a flow.
 
     Channel c of the input becomes channels ``c * factor**2 + i * factor + j`` of the output, one
@@ -21,6 +21,8 @@ def squeeze(x: Tensor, factor: int = 2) -> Tensor:
     Args:
         x: The stream.
         factor: The side of the squares.
+        places_first: Whether the places come before the channels, as in i-RevNet: channel c
+            becomes channels ``(i * factor + j) * channels + c``.
 
     Returns:
         The elements of `x`, in its memory format and in memory of their own.
@@ -50,11 +52,11 @@ def squeeze(x: Tensor, factor: int = 2) -> Tensor:
             f"squeeze: height and width of x must be divisible by factor, {factor}; "
             f"got {height} and {width}"
         )
-    return reference.squeeze(x, factor)
+    return reference.squeeze(x, factor, places_first)
 
 
-def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Undoes `squeeze` with the same factor.
+def unsqueeze(x: Tensor, factor: int = 2, *, places_first: bool = False) -> Tensor:
+    """Undoes `squeeze` with the same factor and order.
 
     Returns:
         The elements of `x`, [batch, channels / factor**2, height * factor, width * factor].
@@ -65,7 +67,7 @@ def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
         raise ValueError(
             f"unsqueeze: channels of x must be divisible by factor**2, {factor**2}; got {channels}"
         )
-    return reference.unsqueeze(x, factor)
+    return reference.unsqueeze(x, factor, places_first)
 
 
 def check_picture(op: str, x: Tensor, factor: Any) -> None:

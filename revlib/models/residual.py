@@ -87,9 +87,23 @@ class Shortcut(nn.Module):
         return f"new_channels={self.new_channels}, stride={self.stride}"
 
 
-def stem(in_channels: int, channels: int) -> nn.Conv2d:
-    """Builds the first convolution."""
-    return nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+def shortcut(c_in: int, c_out: int, stride: int, *, learned: bool) -> nn.Module:
+    """Builds the identity path of a block; where it changes the shape, it may be `learned`."""
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    if learned:
+        return nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False)
+    return Shortcut(c_in, c_out, stride)
+
+
+def stem(in_channels: int, channels: int, *, large_images: bool) -> nn.Module:
+    """Builds the first convolution, which takes large images to a quarter of height and width."""
+    if not large_images:
+        return nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
 
 
 def head(channels: int, num_classes: int) -> nn.Sequential:

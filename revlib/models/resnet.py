@@ -1,15 +1,15 @@
-"""CIFAR-style pre-activation ResNets, the twins that RevNets are compared with."""
+"""Pre-activation ResNets, the twins that RevNets are compared with."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from revlib.models.residual import (
-    Shortcut,
     block_shapes,
     head,
     initialize,
     residual_function,
+    shortcut,
     stem,
 )
 
@@ -27,7 +27,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual classifier of small images, of any number of stages.
+    """A residual classifier, of any number of stages.
 
     Args:
         units: The number of residual blocks of each stage.
@@ -36,6 +36,8 @@ class ResNet(nn.Module):
         num_classes: The number of classes.
         in_channels: The channels of the images.
         dropout: The probability of dropout inside the residual functions.
+        large_images: Whether it is built as for ImageNet: the stem takes height and width to a
+            quarter, and a shortcut that changes its shape is a 1x1 convolution.
 
     Shape:
         Images `[batch, in_channels, height, width]` to logits `[batch, num_classes]`. Every
@@ -59,18 +61,16 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         dropout: float = 0.0,
+        large_images: bool = False,
     ) -> None:
         super().__init__()
-        self.stem = stem(in_channels, widths[0])
+        self.stem = stem(in_channels, widths[0], large_images=large_images)
         blocks = []
         for c_in, c_out, stride in block_shapes(units, widths, bottleneck):
             f = residual_function(
                 c_in, c_out, stride=stride, bottleneck=bottleneck, dropout=dropout
             )
-            changes = stride > 1 or c_in != c_out
-            blocks.append(
-                ResidualBlock(f, Shortcut(c_in, c_out, stride) if changes else nn.Identity())
-            )
+            blocks.append(ResidualBlock(f, shortcut(c_in, c_out, stride, learned=large_images)))
         self.trunk = nn.Sequential(*blocks)
         self.head = head(c_out, num_classes)
         initialize(self)

@@ -1,4 +1,4 @@
-"""CIFAR-style RevNets: ResNets whose residual blocks are additive couplings."""
+"""RevNets: ResNets whose residual blocks are additive couplings."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from revlib.autograd import Policy
 from revlib.coupling import AdditiveCoupling
 from revlib.models.residual import (
-    Shortcut,
     block_shapes,
     head,
     initialize,
     residual_function,
+    shortcut,
     stem,
 )
 from revlib.sequential import ReversibleSequential
@@ -21,26 +21,27 @@ from revlib.sequential import ReversibleSequential
 class Transition(nn.Module):
     r"""A coupling whose identity path loses detail, so that it has no inverse.
 
-    .. math:: y_1 = s(x_1) + f(x_2), \qquad y_2 = s(x_2) + g(y_1)
+    .. math:: y_1 = s_1(x_1) + f(x_2), \qquad y_2 = s_2(x_2) + g(y_1)
 
     It stands where a stage changes the number of channels or the resolution.
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, shortcut: nn.Module) -> None:
+    def __init__(self, f: nn.Module, g: nn.Module, s1: nn.Module, s2: nn.Module) -> None:
         super().__init__()
         self.f = f
         self.g = g
-        self.shortcut = shortcut
+        self.s1 = s1
+        self.s2 = s2
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, 1)
-        y1 = self.shortcut(x1) + self.f(x2)
-        y2 = self.shortcut(x2) + self.g(y1)
+        y1 = self.s1(x1) + self.f(x2)
+        y2 = self.s2(x2) + self.g(y1)
         return torch.cat((y1, y2), 1)
 
 
 class RevNet(nn.Module):
-    """A reversible residual classifier of small images, of any number of stages.
+    """A reversible residual classifier, of any number of stages.
 
     All couplings between two transitions are rebuilt in backward; the stem, the transitions
     and the head are stored. So memory grows with the number of stages, not of blocks.
@@ -53,6 +54,8 @@ class RevNet(nn.Module):
         num_classes: The number of classes.
         in_channels: The channels of the images.
         dropout: The probability of dropout inside the residual functions.
+        large_images: Whether it is built as for ImageNet: the stem takes height and width to a
+            quarter, and a shortcut that changes its shape is a 1x1 convolution.
         policy: The policy of the couplings.
         exact: As for :class:`revlib.ReversibleSequential`.
 
@@ -79,13 +82,14 @@ class RevNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         dropout: float = 0.0,
+        large_images: bool = False,
         policy: Policy = "rebuild",
         exact: bool = False,
     ) -> None:
         super().__init__()
         if any(width % 2 for width in widths):
             raise ValueError(f"widths must be even, to be split in halves; got {tuple(widths)}")
-        self.stem = stem(in_channels, widths[0])
+        self.stem = stem(in_channels, widths[0], large_images=large_images)
         self.trunk = ReversibleSequential(exact=exact)
         halves = [width // 2 for width in widths]
         for c_in, c_out, stride in block_shapes(units, halves, bottleneck):
@@ -94,7 +98,8 @@ class RevNet(nn.Module):
             )
             g = residual_function(c_out, c_out, bottleneck=bottleneck, dropout=dropout)
             if stride > 1 or c_in != c_out:
-                self.trunk.append(Transition(f, g, Shortcut(c_in, c_out, stride)), "store")
+                s1, s2 = (shortcut(c_in, c_out, stride, learned=large_images) for _ in "12")
+                self.trunk.append(Transition(f, g, s1, s2), "store")
             else:
                 self.trunk.append(AdditiveCoupling(f, g), policy)
         self.head = head(2 * c_out, num_classes)

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from revlib.models import create_model
 from revlib.train.data import load_data
+from revlib.train.errors import InputError
 from revlib.train.randomness import augment
 from revlib.train.results import Epoch, Progress, Result
-from revlib.train.settings import Settings
+from revlib.train.settings import REVERSIBLE, Settings
 from revlib.train.task import Batch
 
 MOMENTUM = 0.9
@@ -29,16 +30,16 @@ class Classification:
         self.data = load_data(settings.data, image_size=settings.image_size)
 
     def build_model(self) -> nn.Module:
-        revnet = self.settings.model.startswith("revnet")
-        reversible = {"policy": self.settings.policy, "exact": self.settings.exact}
-        options = reversible if revnet else {}
-        return create_model(
-            self.settings.model,
-            num_classes=self.data.classes,
-            in_channels=self.data.x_train.shape[1],
-            dropout=self.settings.dropout,
-            **options,
-        )
+        name, shape = self.settings.model, tuple(self.data.x_train.shape[1:])
+        options = {"num_classes": self.data.classes, "dropout": self.settings.dropout}
+        if name in REVERSIBLE:
+            options |= {"policy": self.settings.policy, "exact": self.settings.exact}
+        if not name.startswith("irevnet"):
+            return create_model(name, in_channels=shape[0], **options)
+        try:
+            return create_model(name, image_shape=shape, **options)
+        except ValueError as error:
+            raise InputError("data", f"must be images for {name} ({error})", shape) from None
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         settings = self.settings

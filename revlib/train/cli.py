@@ -67,10 +67,14 @@ def train_command(
     model: Annotated[str, Option(help=f"{', '.join(MODELS)}.")] = Settings.model,
     policy: Annotated[
         str | None,
-        Option(help=f"For a revnet or a flow: {', '.join(POLICIES)}.", show_default="rebuild"),
+        Option(
+            help=f"For a revnet, an irevnet or a flow: {', '.join(POLICIES)}.",
+            show_default="rebuild",
+        ),
     ] = Settings.policy,
     exact: Annotated[
-        bool, Option("--exact", help="For a revnet or a flow: rebuild to the last bit.")
+        bool,
+        Option("--exact", help="For a revnet, an irevnet or a flow: rebuild to the last bit."),
     ] = Settings.exact,
     dropout: Annotated[
         float, Option(help="For a classifier: share of activations to drop.")

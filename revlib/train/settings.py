@@ -38,9 +38,9 @@ class Settings:
         out: The folder of the run: checkpoints, `metrics.jsonl`, `summary.json` and `pictures`.
         model: One of `revlib.models.model_names()`, or a flow: `nice`, `realnvp`, `glow` or
             `spline_flow`.
-        policy: How a RevNet or a flow gets its activations back, by default `rebuild`; a ResNet
-            has no choice.
-        exact: Whether a RevNet or a flow rebuilds to the last bit.
+        policy: How a RevNet, an i-RevNet or a flow gets its activations back, by default
+            `rebuild`; a ResNet has no choice.
+        exact: Whether a RevNet, an i-RevNet or a flow rebuilds to the last bit.
         dropout: The share of activations that is dropped, in a classifier.
         levels: The scales of a flow for images; by default the model's own number, or as many as
             the images can be halved.

@@ -1,0 +1,201 @@
+"""Large and deep classifiers beside their stored twins: at ImageNet's size, and of 1001 layers.
+
+Run:    python -m benchmarks.large_models --data cifar10.npz
+
+Two questions, in some minutes on a CPU. What a training step on images of 224 x 224 keeps: asked
+of fake tensors, which have shapes and no memory, for a step of 32 images is too much for most
+CPUs; a real step of 2 images beside it shows that the figures are those of real tensors. And
+whether networks of 1001 layers can be trained where memory is short: each trains in a process
+that the system refuses more than the allowance. The file holds images of 32 x 32 as Keras writes
+them.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from benchmarks.flow_memory_limit import ROOT, is_out_of_memory, limit_memory
+from benchmarks.twins_report import environment
+from revlib.memory import MIB, StepMemory, measure_step
+from revlib.models import create_model
+from revlib.train import load_data
+
+CLASSES, SIDE = 1000, 224
+BATCH, REAL_BATCH = 32, 2
+# The networks, and how they keep their activations; a ResNet has no choice.
+LARGE = [
+    ("resnet101", None),
+    ("revnet104", "store"),
+    ("revnet104", "rebuild"),
+    ("irevnet_b", "store"),
+    ("irevnet_b", "rebuild"),
+    ("irevnet_a", "store"),
+    ("irevnet_a", "rebuild"),
+]
+DEEP = [("resnet1001", None), ("revnet1001", "store"), ("revnet1001", "rebuild")]
+# Of the deep ones: images a step, steps an epoch, epochs, and the MiB that training may take.
+DEEP_BATCH, STEPS, EPOCHS, ALLOWANCE = 16, 4, 6, 1024
+
+NOTE = f"""\
+Peak activations are the most that one training step has alive at once beside images, parameters,
+gradients and optimizer state; kept is what it keeps for backward. Those of {BATCH} images are
+*not of a real run*: they are counted on fake tensors, which hold no values. The columns of
+{REAL_BATCH} images hold that against real tensors."""
+
+
+def label(name: str, policy: str | None) -> str:
+    return name if policy is None else f"{name}, {policy}"
+
+
+def build(name: str, policy: str | None, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, **options, **({} if policy is None else {"policy": policy}))
+
+
+def step_memory(make: Callable[[], nn.Module], batch: int, side: int, *, fake: bool) -> StepMemory:
+    with FakeTensorMode() if fake else nullcontext():
+        model = make()
+        x, y = torch.randn(batch, 3, side, side), torch.zeros(batch, dtype=torch.long)
+        return measure_step(lambda: F.cross_entropy(model(x), y).backward(), model=model)
+
+
+def measure_large(name: str, policy: str | None) -> dict[str, float]:
+    size = {"image_shape": (3, SIDE, SIDE)} if name.startswith("irevnet") else {}
+
+    def make() -> nn.Module:
+        return build(name, policy, num_classes=CLASSES, **size)
+
+    fake = step_memory(make, BATCH, SIDE, fake=True)
+    small = step_memory(make, REAL_BATCH, SIDE, fake=True)
+    real = step_memory(make, REAL_BATCH, SIDE, fake=False)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in make().parameters())
+    return {
+        "parameters, million": parameters / 1e6,
+        f"kept, {BATCH} images, fake": fake.saved.activations / MIB,
+        f"peak, {BATCH} images, fake": fake.peak.activations / MIB,
+        f"peak, {REAL_BATCH} images, fake": small.peak.activations / MIB,
+        f"peak, {REAL_BATCH} images, real": real.peak.activations / MIB,
+    }
+
+
+def train(name: str, policy: str | None, data: str) -> dict[str, object]:
+    """Trains under the limit, which holds for the rest of this process."""
+    images = load_data(data)
+    mean, std = images.mean[:, None, None], images.std[:, None, None]
+    model = build(name, policy)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    # Whatever else torch loads on its first step does not count.
+    F.cross_entropy(
+        nn.Conv2d(3, 3, 3)(torch.zeros(1, 3, 4, 4)).mean((2, 3)), torch.zeros(1).long()
+    )
+    limit_memory(torch.device("cpu"), ALLOWANCE * MIB)
+    losses, seconds, error = [], [], None
+    try:
+        for i in [*range(STEPS)] * EPOCHS:
+            part = slice(i * DEEP_BATCH, (i + 1) * DEEP_BATCH)
+            begun = time.perf_counter()
+            loss = F.cross_entropy(
+                model((images.x_train[part] - mean) / std), images.y_train[part]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - begun)
+    except Exception as raised:
+        if not is_out_of_memory(raised):
+            raise
+        error = f"out of memory in step {len(losses) + 1}"
+    return {"losses": losses, "seconds": seconds, "error": error}
+
+
+def train_apart(name: str, policy: str | None, data: str) -> dict[str, object]:
+    """Trains in another process, so that the limit is that one's."""
+    command = [sys.executable, "-m", "benchmarks.large_models", "--data", data, "--only", name]
+    command += [] if policy is None else ["--policy", policy]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with status {done.returncode}: {done.stderr[-500:]}")
+    return json.loads(done.stdout)
+
+
+def measure_deep(name: str, policy: str | None, data: str) -> dict[str, object]:
+    memory = step_memory(lambda: build(name, policy), DEEP_BATCH, 32, fake=True)
+    outcome = train_apart(name, policy, data)
+    losses = outcome["losses"]
+    done = outcome["error"] is None
+    return {
+        "peak activations, MiB": memory.peak.activations / MIB,
+        f"with {ALLOWANCE} MiB": outcome["error"] or f"trained {len(losses)} steps",
+        "loss, first epoch": statistics.mean(losses[:STEPS]) if done else "none",
+        "loss, last epoch": statistics.mean(losses[-STEPS:]) if done else "none",
+        "seconds per step": statistics.median(outcome["seconds"]) if done else "none",
+    }
+
+
+def table(rows: dict[str, dict[str, object]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    for name, row in rows.items():
+        values = [f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append([name, *values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_report(stem: Path, command: str, large: dict, deep: dict) -> list[Path]:
+    made_by = {"command": command, "seed": "0", **environment()}
+    paragraphs = [
+        "# Large and deep classifiers",
+        f"## Images of {SIDE} x {SIDE}, {CLASSES} classes: MiB of a training step",
+        table(large),
+        NOTE,
+        f"## 1001 layers: {EPOCHS} epochs of {STEPS} steps of {DEEP_BATCH} images",
+        table(deep),
+        "Each trains in a process of its own. Once that has its libraries, data and weights, the "
+        f"system refuses it more than {ALLOWANCE} MiB beyond, which must hold activations, "
+        "gradients and optimizer state. The images are the first of CIFAR-10 (Krizhevsky, "
+        "Learning Multiple Layers of Features from Tiny Images, 2009). RevNet-1001 has 998 "
+        "layers. Seconds are those of one thread on a machine that others used at the time.",
+        "\n".join(f"- {name}: {value}" for name, value in made_by.items()),
+    ]
+    md, js = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("md", "json"))
+    md.write_text("\n\n".join(paragraphs) + "\n")
+    js.write_text(json.dumps({"made_by": made_by, "large": large, "deep": deep}, indent=2) + "\n")
+    return [md, js]
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True, help="an .npz file of images of 32 x 32")
+    parser.add_argument("--report", type=Path, default=Path("runs/large-models"))
+    parser.add_argument("--only", choices=[name for name, _ in DEEP], help=argparse.SUPPRESS)
+    parser.add_argument("--policy", choices=["store", "rebuild"], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.only:
+        print(json.dumps(train(options.only, options.policy, options.data)))
+        return
+    data = str(Path(options.data).resolve())
+    large = {label(*each): measure_large(*each) for each in LARGE}
+    deep = {label(*each): measure_deep(*each, data) for each in DEEP}
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "benchmarks.large_models", *arguments])
+    files = write_report(options.report, command, large, deep)
+    print(files[0].read_text(), "\nwrote", *files)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,102 @@
+"""A picture of images and of what an i-RevNet rebuilds of them from what its classifier sees.
+
+Run:    python -m benchmarks.reconstructions --data fashion_mnist.npz
+
+The file holds `x_train, y_train, x_test, y_test` as Keras writes them. The network is trained for
+a moment, so that its weights are no longer those it was drawn with, and is then asked for test
+images: with float32's rounding, and exactly.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.twins_report import INK, environment
+from revlib.models import irevnet_a
+from revlib.train import Images, load_data
+
+SHOWN, BATCH = 10, 32
+
+
+def build(images: Images, *, exact: bool) -> nn.Module:
+    torch.manual_seed(0)
+    shape = tuple(images.x_train.shape[1:])
+    return irevnet_a(image_shape=shape, num_classes=images.classes, exact=exact)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Bytes become multiples of 1/256, which lie on the grid of an exact chain."""
+    return x.float() / 256
+
+
+def train(model: nn.Module, images: Images, steps: int) -> float:
+    """Returns the share of the last quarter of the images that were told right when seen."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    right = []
+    for i in range(steps):
+        part = slice(i * BATCH, (i + 1) * BATCH)
+        logits, y = model(pixels(images.x_train[part])), images.y_train[part]
+        optimizer.zero_grad()
+        F.cross_entropy(logits, y).backward()
+        optimizer.step()
+        right.append((logits.argmax(1) == y).float().mean().item())
+    late = right[-(-3 * steps // 4) :]
+    return sum(late) / len(late)
+
+
+@torch.no_grad()
+def rebuilt(model: nn.Module, x: Tensor) -> Tensor:
+    model.eval()
+    return model.inverse(model.features(x))
+
+
+def draw(rows: dict[str, Tensor]) -> Figure:
+    figure = Figure(figsize=(9, 1.05 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), SHOWN, squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for place, picture in zip(line, pictures.clamp(0, 1), strict=True):
+            place.imshow(picture.movedim(0, -1), cmap="gray", vmin=0, vmax=1)
+            place.set_xticks([])
+            place.set_yticks([])
+            place.spines[:].set_visible(False)
+        line[0].set_ylabel(name, color=INK, rotation=0, ha="right", va="center")
+    return figure
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True, help="the .npz file")
+    parser.add_argument("--steps", type=int, default=32, help=f"of {BATCH} images each")
+    parser.add_argument("--report", type=Path, default=Path("runs/reconstructions"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    images = load_data(options.data)
+    x = pixels(images.x_test[:SHOWN])
+    rows, figures = {"image": x}, {}
+    for name, exact in (("from features", False), ("exact=True", True)):
+        model = build(images, exact=exact)
+        accuracy = train(model, images, options.steps)
+        rows[name] = rebuilt(model, x)
+        figures[name] = {
+            "largest error, of 1": (rows[name] - x).abs().max().item(),
+            "images told right in training": accuracy,
+        }
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    png, js = (options.report.with_name(f"{options.report.name}.{s}") for s in ("png", "json"))
+    draw(rows).savefig(png, dpi=120)
+    command = shlex.join(["python", "-m", "benchmarks.reconstructions", *arguments])
+    made_by = {"command": command, "seed": "0", **environment()}
+    js.write_text(json.dumps({"made_by": made_by, "figures": figures}, indent=2) + "\n")
+    print(js.read_text(), "wrote", png, js)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

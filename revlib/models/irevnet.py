@@ -1,0 +1,239 @@
+"""i-RevNets: classifiers whose features still hold the whole image."""
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from revlib.autograd import Policy
+from revlib.coupling import SwapCoupling
+from revlib.models.residual import head, initialize
+from revlib.rearranging import PadChannels, Squeeze
+from revlib.sequential import ReversibleSequential
+
+# The names of the published code, as patterns, and ours.
+PUBLISHED = {
+    r"stack\.(\d+)\.bottleneck_block\.": r"trunk.\1.f.",
+    r"bn1\.": "head.0.",
+    r"linear\.": "head.4.",
+}
+
+
+class IRevNet(nn.Module):
+    """A classifier that loses nothing of the image before its head: one chain, without storing.
+
+    The image is squeezed, padded with channels of zeros where the network is to be wider, and
+    split in two streams; couplings do the rest, and where they stride both streams are squeezed.
+    So a training step keeps the features, and no activation that grows with depth; where the
+    image is padded and the trunk not exact, it also keeps the input of the second coupling.
+
+    Args:
+        units: The number of couplings of each stage.
+        strides: The stride of the first coupling of each stage; it makes the streams
+            `stride**2` times as wide.
+        image_shape: The channels, height and width of the images.
+        squeeze: The side of the squares that become channels first; 1 for none.
+        padding: The channels of zeros that are appended then.
+        bottleneck: By how much the two inner layers of a sub-network are narrower than a stream.
+        kernels: The sizes of its three convolutions.
+        num_classes: The number of classes.
+        dropout: The probability of dropout inside the sub-networks.
+        policy: The policy of the trunk.
+        exact: As for :class:`revlib.ReversibleSequential`.
+
+    Shape:
+        Images `[batch, *image_shape]` to logits `[batch, num_classes]`.
+
+    Attributes:
+        trunk: The chain from image to features.
+        feature_shape: The channels, height and width of the features.
+
+    References:
+        i-RevNet: Deep Invertible Networks (Jacobsen et al., 2018),
+        https://arxiv.org/abs/1802.07088
+
+    Example:
+        >>> model = revlib.models.IRevNet((2, 2), (1, 2), image_shape=(3, 8, 8), squeeze=2).eval()
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> model(x).shape, model.features(x).shape
+        (torch.Size([2, 10]), torch.Size([2, 48, 2, 2]))
+        >>> torch.allclose(model.inverse(model.features(x)), x, atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        units: Sequence[int],
+        strides: Sequence[int],
+        *,
+        image_shape: tuple[int, int, int],
+        squeeze: int = 1,
+        padding: int = 0,
+        bottleneck: int = 4,
+        kernels: tuple[int, int, int] = (3, 3, 3),
+        num_classes: int = 10,
+        dropout: float = 0.0,
+        policy: Policy = "rebuild",
+        exact: bool = False,
+    ) -> None:
+        super().__init__()
+        if padding < 0:
+            raise ValueError(f"padding must be at least 0; got {padding}")
+        if len(units) != len(strides):
+            raise ValueError(
+                f"strides must have one entry per stage; got {len(strides)} for {len(units)}"
+            )
+        coarser = squeeze * math.prod(strides)
+        self.image_shape = check_image_shape(image_shape, coarser)
+        channels, height, width = self.image_shape
+        channels = channels * squeeze**2 + padding
+        if channels % 2:
+            raise ValueError(
+                "image_shape, squeeze and padding must give an even number of channels, to be "
+                f"split in two streams; got {channels} with image_shape {self.image_shape}"
+            )
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        if squeeze > 1:
+            blocks["squeeze"] = Squeeze(squeeze)
+        if padding > 0:
+            blocks["pad"] = PadChannels(padding)
+        c_in = channels // 2
+        # Of the second stream, which the first sub-network sees.
+        padded = min(padding, c_in)
+        by_stage = zip(units, strides, strict=True)
+        by_coupling = [s for depth, first in by_stage for s in (first, *[1] * (depth - 1))]
+        for place, stride in enumerate(by_coupling):
+            c_out = c_in * stride**2
+            f = sub_network(
+                (c_in, max(1, c_out // bottleneck), c_out),
+                kernels,
+                stride=stride,
+                dropout=dropout,
+                first=place == 0,
+            )
+            if place == 0 and padded:
+                f = Unpadded(padded, *f)
+            blocks[str(place)] = SwapCoupling(f, stride=stride)
+            c_in = c_out
+        policies = dict.fromkeys(blocks, policy)
+        if padding > 0 and policy == "rebuild" and not exact:
+            # It meets channels that are the same for all images. They have no spread either, and
+            # are no zeros: only an input that was kept is free of what batch norm would magnify.
+            policies["1"] = "recompute"
+        self.trunk = ReversibleSequential(blocks, policy=list(policies.values()), exact=exact)
+        self.feature_shape = (2 * c_in, height // coarser, width // coarser)
+        self.head = head(2 * c_in, num_classes)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns what the head sees: the whole image, as `[batch, *feature_shape]`."""
+        check_sample("x", x, self.image_shape)
+        return self.trunk(x)
+
+    def inverse(self, features: Tensor) -> Tensor:
+        """Returns the images that have these features, in flat memory and with gradients.
+
+        In eval mode it undoes `features`: up to rounding, and if `exact` to the last bit, for
+        images of multiples of 2**-12. In training mode batch norm sees another batch's
+        statistics, unless the features are those of a whole batch.
+        """
+        check_sample("features", features, self.feature_shape)
+        return self.trunk.inverse(features)
+
+
+def sub_network(
+    channels: tuple[int, int, int],
+    kernels: tuple[int, int, int],
+    *,
+    stride: int,
+    dropout: float,
+    first: bool,
+) -> nn.Sequential:
+    """Builds a bottleneck: three convolutions, batch norm and ReLU before each.
+
+    The first one of a network has none before its first convolution, which sees the image.
+    Dropout stands where the published code has it, and is there even if nothing is dropped, so
+    that the keys of the state dict do not depend on it.
+    """
+    (c_in, c, c_out), (k1, k2, k3) = channels, kernels
+    layers = [] if first else [nn.BatchNorm2d(c_in), nn.ReLU(inplace=True)]
+    return nn.Sequential(
+        *layers,
+        nn.Conv2d(c_in, c, k1, stride=stride, padding=k1 // 2, bias=False),
+        nn.BatchNorm2d(c),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(c, c, k2, padding=k2 // 2, bias=False),
+        nn.Dropout(dropout),
+        nn.BatchNorm2d(c),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(c, c_out, k3, padding=k3 // 2, bias=False),
+    )
+
+
+class Unpadded(nn.Sequential):
+    """A sub-network that takes the last channels of its input for the zeros that they were.
+
+    Rebuilt, they are off by rounding, and batch norm, for which zeros have no spread, would
+    magnify that a hundred times and more.
+
+    Args:
+        padded: How many they are.
+        *layers: The sub-network.
+    """
+
+    def __init__(self, padded: int, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.padded = padded
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, -self.padded :] = 0
+        return super().forward(x)
+
+
+def check_image_shape(image_shape: Sequence[int], factor: int) -> tuple[int, int, int]:
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"image_shape must be (channels, height, width); got {image_shape!r}")
+    if shape[1] % factor or shape[2] % factor:
+        raise ValueError(
+            f"image_shape must have height and width divisible by {factor}, for all that the "
+            f"network squeezes; got {shape}"
+        )
+    return shape
+
+
+def check_sample(name: str, x: Tensor, shape: tuple[int, int, int]) -> None:
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name} must be [batch, {', '.join(map(str, shape))}]; got {[*x.shape]}")
+
+
+def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames a state dict of the authors' code to load into an :class:`IRevNet`.
+
+    Args:
+        published: The state dict of an `iRevNet` of
+            https://github.com/jhjacobsen/pytorch-i-revnet, plain or of a `DataParallel`. The
+            weights stay as they are; only names change: `stack.N.bottleneck_block` becomes
+            `trunk.N.f`, `bn1` becomes `head.0` and `linear` becomes `head.4`.
+
+    Raises:
+        KeyError: If a name is none of these.
+
+    Example:
+        >>> revlib.models.irevnet_state_dict({"module.linear.bias": torch.zeros(10)}).keys()
+        dict_keys(['head.4.bias'])
+    """
+    return {renamed(name.removeprefix("module.")): value for name, value in published.items()}
+
+
+def renamed(name: str) -> str:
+    for pattern, ours in PUBLISHED.items():
+        if re.match(pattern, name):
+            return re.sub(f"^{pattern}", ours, name)
+    raise KeyError(f"{name} is no name of the published i-RevNet: stack, bn1 or linear")

@@ -1,0 +1,400 @@
+"""The i-RevNets: sizes, images back from features, flat memory, and the published weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from revlib import SwapCoupling
+from revlib.memory import measure_step
+from revlib.models import IRevNet, create_model, irevnet_a, irevnet_b, irevnet_state_dict
+
+IMAGENET = {"num_classes": 1000, "image_shape": (3, 224, 224)}
+STEP = 2.0**-12
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tiny(kind: str, depth: int = 2, **options: object) -> IRevNet:
+    """Injective or bijective, of two stages, with statistics that eval mode can use.
+
+    With biases of 0, padding would meet ReLUs exactly at 0, where rounding decides the gradient.
+    """
+    torch.manual_seed(0)
+    widening = {"a": {"padding": 13}, "b": {"squeeze": 2}}[kind]
+    model = IRevNet((depth, depth), (1, 2), image_shape=(3, 8, 8), **widening, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        model(torch.randn(8, 3, 8, 8))
+    return model
+
+
+both_kinds = pytest.mark.parametrize("kind", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "millions"),
+    [
+        # Counted by others on the published code: 125.12 million; by the paper: 29 million.
+        (irevnet_b, IMAGENET, 125.120),
+        (irevnet_b, {**IMAGENET, "kernels": (1, 3, 1)}, 29.201),
+        # By the paper 181 million, of a network whose code is not published.
+        (irevnet_a, IMAGENET, 199.034),
+        (irevnet_a, {}, 6.275),
+        (irevnet_b, {}, 4.726),
+    ],
+)
+def test_parameters(build, options, millions):
+    with torch.device("meta"):
+        model = build(**options)
+
+    assert count(model) / 1e6 == pytest.approx(millions, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("build", "image_shape", "feature_shape"),
+    [
+        (irevnet_a, (3, 32, 32), (512, 8, 8)),
+        (irevnet_a, (1, 28, 28), (512, 7, 7)),
+        (irevnet_a, (3, 224, 224), (6144, 7, 7)),
+        (irevnet_a, (1, 64, 96), (6144, 2, 3)),
+        (irevnet_b, (3, 32, 32), (192, 4, 4)),
+        (irevnet_b, (3, 224, 224), (3072, 7, 7)),
+    ],
+)
+def test_features_have_the_shape_they_say(build, image_shape, feature_shape):
+    with torch.device("meta"):
+        model = build(image_shape=image_shape)
+        features = model.features(torch.empty(2, *image_shape))
+        logits = model(torch.empty(2, *image_shape))
+
+    assert model.feature_shape == feature_shape
+    assert features.shape == (2, *feature_shape)
+    assert logits.shape == (2, 10)
+    if build is irevnet_b:
+        assert math.prod(feature_shape) == math.prod(image_shape)
+
+
+@pytest.mark.parametrize("name", ["irevnet_a", "irevnet_b"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_nothing_of_the_trunk_is_stored(name, exact):
+    with torch.device("meta"):
+        trunk = create_model(name, exact=exact).trunk
+    policies = dict(zip(dict(trunk.named_children()), trunk.policies(), strict=True))
+
+    kept = {"1"} if name == "irevnet_a" and not exact else set()
+    assert {block for block, policy in policies.items() if policy != "rebuild"} == kept
+    assert sum(isinstance(block, SwapCoupling) for block in trunk) == 54
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [irevnet_a, irevnet_b])
+def test_a_whole_network_trains_in_float32_without_a_drift_warning(build, device):
+    torch.manual_seed(0)
+    model = build().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for _ in range(3):
+        x = torch.randn(4, 3, 32, 32, device=device)
+        F.cross_entropy(model(x), torch.arange(4, device=device)).backward()
+        optimizer.step()
+
+    assert float(model.trunk.rebuild_error) > 0  # the guard looked, and a warning would fail
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.double, 1e-12), (torch.float, 1e-5)], ids=str
+)
+def test_images_come_back_from_their_features(kind, dtype, tolerance, device):
+    model = tiny(kind, depth=6).eval().to(device, dtype)
+    x = torch.randn(4, 3, 8, 8, device=device, dtype=dtype)
+
+    with torch.no_grad():
+        again = model.inverse(model.features(x))
+
+    torch.testing.assert_close(again, x, rtol=0, atol=tolerance)
+
+
+@both_kinds
+def test_exact_images_come_back_to_the_last_bit(kind, device):
+    model = tiny(kind, depth=8, exact=True).eval().to(device)
+    x = torch.randint(-4096, 4096, (4, 3, 8, 8), device=device) * STEP
+
+    with torch.no_grad():
+        again = model.inverse(model.features(x))
+
+    assert torch.equal(again, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [irevnet_a, irevnet_b])
+def test_images_come_back_from_a_whole_network_for_cifar(build, device):
+    x = torch.randint(0, 256, (2, 3, 32, 32), device=device) / 256
+    for exact in (False, True):
+        torch.manual_seed(0)
+        model = build(exact=exact).to(device)
+        with torch.no_grad():
+            for _ in range(10):
+                model(x)
+            features = model.eval().features(x)
+            again = model.inverse(features)
+
+        error = (again - x).abs().max().item()
+        # 54 sub-networks with weights drawn at random magnify rounding a hundred thousand times.
+        assert error == 0 if exact else error < 0.02
+
+
+@both_kinds
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+def test_gradients_equal_the_stored_runs(kind, policy, device):
+    model = tiny(kind, dropout=0.2, policy=policy).double().to(device)
+    stored = copy.deepcopy(model)
+    stored.trunk.policy = "store"
+    x = torch.randn(4, 3, 8, 8, dtype=torch.double, device=device)
+    for net in (model, stored):
+        torch.manual_seed(1)
+        F.cross_entropy(net(x), torch.arange(4, device=device)).backward()
+
+    for (name, got), want in zip(model.named_parameters(), stored.parameters(), strict=True):
+        scale = want.grad.abs().max().item()
+        torch.testing.assert_close(
+            got.grad, want.grad, rtol=0, atol=1e-10 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for got, want in zip(model.buffers(), stored.buffers(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@both_kinds
+@pytest.mark.parametrize("policy", ["rebuild", "store"])
+def test_exact_gradients_equal_the_stored_runs_bit_for_bit(kind, policy, device):
+    model = tiny(kind, depth=5, exact=True, dropout=0.2, policy=policy).to(device)
+    stored = copy.deepcopy(model)
+    stored.trunk.policy = "store"
+    x = torch.randn(4, 3, 8, 8, device=device)
+    for net in (model, stored):
+        torch.manual_seed(1)
+        F.cross_entropy(net(x), torch.arange(4, device=device)).backward()
+
+    for got, want in zip(model.parameters(), stored.parameters(), strict=True):
+        assert torch.equal(got.grad, want.grad)
+
+
+@both_kinds
+def test_a_loss_on_reconstructions_trains_what_a_stored_run_trains(kind, device):
+    model = tiny(kind).eval().double().to(device)
+    stored = copy.deepcopy(model)
+    stored.trunk.policy = "store"
+    features = torch.randn(2, *model.feature_shape, dtype=torch.double, device=device)
+    gradients = []
+    for net in (model, stored):
+        y = features.clone().requires_grad_()
+        parameters = list(net.trunk.parameters())
+        gradients.append(torch.autograd.grad(net.inverse(y).sin().sum(), [y, *parameters]))
+
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+@both_kinds
+def test_each_sub_network_is_evaluated_twice_a_step(kind):
+    model = tiny(kind, depth=3)
+    calls = []
+    for block in model.trunk:
+        if isinstance(block, SwapCoupling):
+            block.f.register_forward_hook(lambda *_: calls.append("f"))
+
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+
+    assert len(calls) == 2 * 6
+
+
+def measure(kind: str, depth: int, *, inverse: bool = False, **options: object) -> tuple:
+    model = tiny(kind, depth, **options)
+    shape = model.feature_shape if inverse else model.image_shape
+    run = model.inverse if inverse else model.features
+    weights = torch.randn(2, *(model.image_shape if inverse else model.feature_shape))
+    x = torch.randn(2, *shape, requires_grad=True)
+    memory = measure_step(lambda: (run(x) * weights).sum().backward(), model=model)
+    return memory.saved.activations, memory.peak.activations
+
+
+@both_kinds
+def test_saved_bytes_are_those_of_the_features_at_any_depth(kind):
+    # Padded, they are more than the image. The drift guard keeps a 16th of the image here.
+    features = 4 * 2 * math.prod(tiny(kind).feature_shape)
+    guard = 4 * (2 * 3 * 8 * 8 // 16)
+    # The input of the second coupling, and behind it the guard looks once more.
+    beside = features + features // 16 if kind == "a" else 0
+
+    exact = {measure(kind, depth, exact=True)[0] for depth in (2, 5, 9)}
+    assert exact == {features + guard}
+    assert {measure(kind, depth)[0] for depth in (2, 5, 9)} == {features + guard + beside}
+
+
+@both_kinds
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_peak_does_not_grow_with_depth(kind, inverse):
+    peaks = {measure(kind, depth, inverse=inverse)[1] for depth in (3, 4, 9)}
+
+    assert len(peaks) == 1
+
+
+def test_the_stored_trunk_keeps_every_activation():
+    assert measure("a", 9, policy="store")[0] > 5 * measure("a", 9)[0]
+
+
+class PublishedBlock(nn.Module):
+    """A block of the published code, said again: names, order and arithmetic."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, first: bool) -> None:
+        super().__init__()
+        self.stride = stride
+        self.pad = 2 * c_out - c_in if stride == 1 else 0
+        c_half, c = (c_out if self.pad else c_in // 2), c_out // 4
+        layers = [] if first else [nn.BatchNorm2d(c_half), nn.ReLU()]
+        layers += [nn.Conv2d(c_half, c, 3, stride, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+        layers += [nn.Conv2d(c, c, 3, 1, 1, bias=False), nn.Dropout(0.1)]
+        layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c_out, 3, 1, 1, bias=False)]
+        self.bottleneck_block = nn.Sequential(*layers)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pad:
+            x = torch.cat((x1, x2), 1)
+            x1, x2 = torch.cat((x, x.new_zeros(len(x), self.pad, *x.shape[2:])), 1).chunk(2, 1)
+        update = self.bottleneck_block(x2)
+        return squares(x2, self.stride), update + squares(x1, self.stride)
+
+
+class Published(nn.Module):
+    def __init__(self, image_shape, units, strides, channels, squeeze, classes=10):
+        super().__init__()
+        self.squeeze = squeeze or 1
+        c_in, stack = image_shape[0] * self.squeeze**2, []
+        for depth, first_stride, c_out in zip(units, strides, channels, strict=True):
+            for stride in (first_stride, *[1] * (depth - 1)):
+                stack.append(PublishedBlock(c_in, c_out, stride, first=not stack))
+                c_in = 2 * c_out
+        self.stack = nn.ModuleList(stack)
+        self.bn1 = nn.BatchNorm2d(c_in, momentum=0.9)
+        self.linear = nn.Linear(c_in, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = squares(x, self.squeeze)
+        half = x.shape[1] // 2
+        x1, x2 = x[:, :half], x[:, half:]
+        for block in self.stack:
+            x1, x2 = block(x1, x2)
+        features = torch.cat((x1, x2), 1)
+        return self.linear(self.bn1(features).relu().mean((2, 3))), features
+
+
+def squares(x: Tensor, side: int) -> Tensor:
+    """The published order: every place of the squares with all its channels."""
+    return torch.cat([x[:, :, i::side, j::side] for i in range(side) for j in range(side)], 1)
+
+
+PUBLISHED = {
+    "bijective": (
+        dict(image_shape=(3, 32, 32), units=(2, 2), strides=(2, 2), channels=(24, 96), squeeze=2),
+        dict(image_shape=(3, 32, 32), units=(2, 2), strides=(2, 2), squeeze=2),
+    ),
+    "injective": (
+        dict(image_shape=(3, 16, 16), units=(2, 2), strides=(1, 2), channels=(16, 64), squeeze=0),
+        dict(image_shape=(3, 16, 16), units=(2, 2), strides=(1, 2), padding=29),
+    ),
+    "squeezed by 4": (
+        dict(image_shape=(3, 32, 32), units=(2, 2), strides=(1, 2), channels=(48, 192), squeeze=4),
+        dict(image_shape=(3, 32, 32), units=(2, 2), strides=(1, 2), padding=48, squeeze=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["plain", "DataParallel"])
+@pytest.mark.parametrize(("theirs", "ours"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_weights_load_and_give_the_published_values(theirs, ours, parallel):
+    torch.manual_seed(0)
+    published = Published(**theirs)
+    x = torch.randn(4, *theirs["image_shape"])
+    with torch.no_grad():
+        for _ in range(3):
+            published(x)
+        logits, features = published.eval()(x)
+    weights = published.state_dict(prefix="module." * parallel)
+    model = IRevNet(**ours).eval()
+
+    model.load_state_dict(irevnet_state_dict(weights))
+
+    torch.testing.assert_close(model.features(x), features)
+    torch.testing.assert_close(model(x), logits)
+
+
+@pytest.mark.parametrize(
+    ("build", "units", "strides", "channels", "squeeze", "shape"),
+    [
+        (irevnet_a, (18, 18, 18), (1, 2, 2), (16, 64, 256), 0, (3, 32, 32)),
+        (irevnet_b, (6, 16, 72, 6), (2, 2, 2, 2), (24, 96, 384, 1536), 2, (3, 224, 224)),
+        (irevnet_a, (4, 4, 6, 4), (1, 2, 2, 2), (48, 192, 768, 3072), 4, (3, 224, 224)),
+    ],
+)
+def test_published_sizes_are_ours(build, units, strides, channels, squeeze, shape):
+    with torch.device("meta"):
+        published = Published(shape, units, strides, channels, squeeze)
+        model = build(image_shape=shape)
+    renamed = irevnet_state_dict(published.state_dict())
+
+    assert {name: t.shape for name, t in renamed.items()} == {
+        name: t.shape for name, t in model.state_dict().items()
+    }
+
+
+def test_a_foreign_name_raises():
+    with pytest.raises(KeyError, match=r"conv1\.weight is no name of the published i-RevNet"):
+        irevnet_state_dict({"conv1.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("build", "image_shape", "message"),
+    [
+        (irevnet_a, (3, 30, 32), r"height and width divisible by 4, .*; got \(3, 30, 32\)"),
+        (irevnet_a, (3, 32, 30), r"height and width divisible by 4, .*; got \(3, 32, 30\)"),
+        (irevnet_b, (3, 28, 28), r"height and width divisible by 8, .*; got \(3, 28, 28\)"),
+        (irevnet_b, (3, 100, 224), r"divisible by 32, .*; got \(3, 100, 224\)"),
+        (irevnet_b, (32, 32), r"must be \(channels, height, width\); got \(32, 32\)"),
+        (irevnet_b, (3, 32, 0), r"must be \(channels, height, width\); got \(3, 32, 0\)"),
+        (irevnet_b, (3, 32, 32.0), r"must be \(channels, height, width\); got \(3, 32, 32.0\)"),
+    ],
+)
+def test_bad_image_shapes_raise(build, image_shape, message):
+    with pytest.raises(ValueError, match=f"image_shape must .*{message}|image_shape {message}"):
+        build(image_shape=image_shape)
+
+
+def test_an_odd_number_of_channels_raises():
+    with pytest.raises(ValueError, match=r"even number of channels.*; got 3 with image_shape \(3"):
+        IRevNet((1,), (1,), image_shape=(3, 8, 8))
+
+
+def test_negative_padding_raises():
+    with pytest.raises(ValueError, match="padding must be at least 0; got -1"):
+        irevnet_a(image_shape=(33, 32, 32))
+
+
+def test_as_many_strides_as_stages():
+    with pytest.raises(ValueError, match="strides must have one entry per stage; got 1 for 2"):
+        IRevNet((1, 1), (1,), image_shape=(4, 8, 8))
+
+
+def test_images_and_features_of_another_shape_raise():
+    model = tiny("b")
+
+    with pytest.raises(ValueError, match=r"x must be \[batch, 3, 8, 8\]; got \[2, 3, 16, 16\]"):
+        model(torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"features must be \[batch, 48, 2, 2\]; got \[2, 12, 4"):
+        model.inverse(torch.zeros(2, 12, 4, 4))

@@ -1,0 +1,73 @@
+"""Squeezing and padding in chains of classifiers: shapes, what padding loses, and errors."""
+
+import pytest
+import torch
+
+from revlib import PadChannels, ReversibleSequential, Squeeze, SwapCoupling
+from revlib.memory import measure_step
+
+
+def test_squeeze_puts_the_places_first():
+    x = torch.arange(8.0).view(1, 2, 2, 2)
+
+    assert Squeeze()(x).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(Squeeze().inverse(Squeeze()(x)), x)
+
+
+def test_padding_appends_zeros_and_drops_whatever_is_there():
+    block, x = PadChannels(2), torch.randn(2, 3, 4, 4)
+
+    y = block(x)
+
+    assert torch.equal(y, torch.cat((x, torch.zeros(2, 2, 4, 4)), 1))
+    assert torch.equal(block.inverse(y + 1), x + 1)
+
+
+def test_padding_keeps_the_memory_format():
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+
+    assert PadChannels(2)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradients_through_inverse_are_right_where_padding_holds_no_zeros():
+    chain = ReversibleSequential(PadChannels(2), SwapCoupling(torch.nn.Linear(2, 2))).double()
+    y = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+
+    assert torch.autograd.gradcheck(chain.inverse, y)
+
+
+def test_a_chain_keeps_its_output_and_in_inverse_the_padded_stream_beside_it():
+    chain = ReversibleSequential(
+        SwapCoupling(torch.nn.Tanh()), PadChannels(4), SwapCoupling(torch.nn.Tanh())
+    )
+
+    def saved(run, channels: int) -> int:
+        x = torch.randn(64, channels, requires_grad=True)
+        return measure_step(lambda: run(x).sum().backward(), model=chain).saved.activations
+
+    narrow, wide = 4 * 64 * 4, 4 * 64 * 8
+    guard = 2 * 16  # values of each stretch of rebuilt blocks
+    assert saved(chain, 4) == wide + narrow // 16
+    assert saved(chain.inverse, 8) == narrow + wide + narrow // 16 + wide // 16, guard
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Squeeze(1), ValueError, "Squeeze: factor must be from 2 to 32768; got 1"),
+        (lambda: Squeeze(2.0), TypeError, "Squeeze: factor must be an integer; got 2.0"),
+        (lambda: PadChannels(0), ValueError, "PadChannels: extra must be from 1 to .*; got 0"),
+        (
+            lambda: PadChannels(2).inverse(torch.zeros(3, 2)),
+            ValueError,
+            r"PadChannels drops 2 channels, so y must have more; got \[3, 2\]",
+        ),
+    ],
+)
+def test_bad_arguments_raise(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_arguments_are_shown():
+    assert "factor=2" in repr(Squeeze()) and "extra=3" in repr(PadChannels(3))
