@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from revlib.evaluate import Evaluate, Record, Replay
 from revlib.exact import Exact, LayoutFunction, recording, replaying
-from revlib.finite import check_finite
+from revlib.finite import check_finite, in_anomaly_mode
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
 from revlib.replay import Autocast, autocast_is_on, parts_of
@@ -306,7 +306,8 @@ def _store(
     streams = settle(convert(streams, form, inner))
     with recording(exact, streams, anew=leg.is_anchor):
         outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
-    check_finite(leg.label, "what it returned", outputs)
+    if in_anomaly_mode():
+        check_finite(leg.label, "what it returned", outputs)
     streams, extra = _cut(outputs, inner)
     if exact is not None:
         streams = rounded(streams, leg, exact)
@@ -412,7 +413,8 @@ class BlockFunction(torch.autograd.Function):
         entered = node.enter(arriving)
         with recording(exact, entered, anew=leg.is_anchor) as use:
             outputs = leg((*entered, *latents), evaluate)
-        check_finite(leg.label, "what it returned", outputs)
+        if in_anomaly_mode():
+            check_finite(leg.label, "what it returned", outputs)
         outputs, extra = _cut(outputs, node.form)
         ctx.layouts = [None] * len(outputs)
         if exact is not None:
@@ -489,7 +491,8 @@ class BlockFunction(torch.autograd.Function):
                     evaluate,
                 )
                 rebuilt, _ = _cut(inputs, node.form)
-                check_finite(leg.label, "what was rebuilt of its input", rebuilt)
+                if in_anomaly_mode():
+                    check_finite(leg.label, "what was rebuilt of its input", rebuilt)
                 if sample is not None:
                     dense = tuple(map(in_format, rebuilt, ctx.formats))
                     exact = tape.exact is not None
@@ -498,8 +501,9 @@ class BlockFunction(torch.autograd.Function):
                     tape.streams = convert(rebuilt, node.form, node.form_in)
         if tape.exact is not None and node.previous is None:
             tape.exact.state = None
-        check_finite(leg.label, "the gradient of its input", gradients)
-        check_finite(leg.label, "a gradient of its parameters", evaluate.gradients)
+        if in_anomaly_mode():
+            check_finite(leg.label, "the gradient of its input", gradients)
+            check_finite(leg.label, "a gradient of its parameters", evaluate.gradients)
         gradients, extra = _cut(gradients, node.form)
         gradients = convert(gradients, node.form, node.form_in)
         tape.context_gradient = evaluate.context_gradient if node.previous else None

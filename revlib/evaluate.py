@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import graph
 from revlib.exact import Exact
-from revlib.finite import check_finite
+from revlib.finite import check_finite, in_anomaly_mode
 from revlib.replay import (
     Autocast,
     Evaluation,
@@ -112,7 +112,8 @@ class Evaluate:
                 "input is a stream of the block and still needed; make the first operation of "
                 "the sub-network out of place (inplace=False)"
             )
-        check_finite(self.label, f"what {type(module).__name__} returned", value)
+        if in_anomaly_mode():
+            check_finite(self.label, f"what {type(module).__name__} returned", value)
         return value
 
     def weights(self, block: nn.Module) -> Streams:
@@ -311,9 +312,10 @@ class Replay(Evaluate):
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         evaluation = self._pending[module].pop()
-        if args:
-            streams = tuple(map(in_layout, _streams_of(args), evaluation.layouts))
-            args = (streams[0] if isinstance(args[0], Tensor) else streams, *args[1:])
+        if args and isinstance(args[0], Tensor):
+            args = (in_layout(args[0], evaluation.layouts[0]), *args[1:])
+        elif args:
+            args = (tuple(map(in_layout, args[0], evaluation.layouts)), *args[1:])
         with self._as_the_first_time(evaluation, args):
             return super()._call(module, args)
 

@@ -30,10 +30,13 @@ def can_look(x: Tensor) -> bool:
     )
 
 
+def in_anomaly_mode() -> bool:
+    """Tells whether `torch.autograd.detect_anomaly` is in force, and values can be looked at."""
+    return not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
+
+
 def check_finite(label: str, what: str, values: object) -> None:
-    """Raises in anomaly mode (`torch.autograd.detect_anomaly`) where a value is not finite."""
-    if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
-        return
+    """Raises where a value is not finite."""
     for value in values if isinstance(values, (list, tuple)) else (values,):
         if isinstance(value, Tensor) and not value.is_meta and not is_finite(value):
             bad = (~value.isfinite()).sum().item()

@@ -80,6 +80,8 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 def layout_of(x: Tensor) -> tuple[int, ...] | None:
     """Returns the strides of a dense tensor; None if elements share places or leave some empty."""
+    if x.is_contiguous():
+        return x.stride()
     extent = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride != extent:
