@@ -131,6 +131,7 @@ def test_100_couplings_are_undone_bit_for_bit(scale, interleaved, dtype):
     assert not any(overflowed)
 
 
+@pytest.mark.slow
 @each_direction
 @both_dtypes
 @pytest.mark.parametrize("size", [1, 4, 10])

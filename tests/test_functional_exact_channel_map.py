@@ -94,6 +94,7 @@ def test_is_what_python_computes_in_whole_numbers(with_bias, shape, dtype):
     assert not overflow
 
 
+@pytest.mark.slow
 @both_dtypes
 @every_shape
 def test_100_layers_are_undone_bit_for_bit(shape, dtype):

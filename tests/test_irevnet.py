@@ -58,6 +58,7 @@ def test_parameters(build, options, millions):
     assert count(model) / 1e6 == pytest.approx(millions, abs=0.0005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "image_shape", "feature_shape"),
     [

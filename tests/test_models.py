@@ -54,6 +54,7 @@ def test_revnet1001_has_about_the_parameters_of_its_twin():
     assert count(model) == pytest.approx(count(twin), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in model_names() if name[0] == "r"])
 def test_layers_with_weights_are_as_many_as_the_name_says(name):
     with torch.device("meta"):

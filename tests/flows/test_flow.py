@@ -412,6 +412,7 @@ def test_calls_without_gradients_compile_into_one_graph(name, backend, device):
         torch.testing.assert_close(samples, again, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_flows_of_several_shapes_compile_one_after_the_other(device):
     for features in (2, 3, 4):

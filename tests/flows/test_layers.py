@@ -155,6 +155,7 @@ def test_a_loss_on_a_part_of_what_leaves_has_the_gradients_of_a_stored_run(used,
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @every_layer_that_keeps_all
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_peak_memory_does_not_grow_with_depth(case: Case, direction):

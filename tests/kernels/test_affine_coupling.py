@@ -79,6 +79,7 @@ def test_backward_is_as_close_to_exact_as_eager(shape, dtype, scale, direction, 
     check_backward(direction, draw(shape, dtype, device), scale=scale)
 
 
+@pytest.mark.slow
 @each_direction
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)

@@ -37,6 +37,7 @@ def test_gradient_of_a_sum_over_samples(op, n_parameters, device):
     torch.testing.assert_close([g.double() for g in got], list(exact), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_op
 @torch.no_grad()
 def test_traces_with_dynamic_shapes(op, n_parameters, device):
