@@ -550,6 +550,91 @@ def test_a_missing_condition_of_freia_is_named():
         chain(torch.randn(6, 5))
 
 
+def freia_net(kind, sequence=None):
+    """Returns a SequenceINN or a GraphINN of two couplings, of which one has a condition."""
+    ff = pytest.importorskip("FrEIA.framework")
+    modules = pytest.importorskip("FrEIA.modules")
+    options = {"subnet_constructor": Network}
+    if kind == "SequenceINN":
+        net = (sequence or ff.SequenceINN)(5)
+        net.append(modules.GLOWCouplingBlock, **options)
+        net.append(modules.GLOWCouplingBlock, cond=1, cond_shape=(3,), **options)
+        return vary(net)
+    start, condition = ff.InputNode(5), ff.ConditionNode(3)
+    first = ff.Node(start, modules.GLOWCouplingBlock, options)
+    second = ff.Node(first, modules.GLOWCouplingBlock, options, conditions=condition)
+    return vary(ff.GraphINN([start, condition, first, second, ff.OutputNode(second)]))
+
+
+@pytest.mark.parametrize("kind", ["SequenceINN", "GraphINN"])
+def test_a_net_of_freia_with_hooks_is_called_whole(kind):
+    net = freia_net(kind)
+    reference = copy.deepcopy(net)
+    seen = []
+    net.register_forward_hook(lambda *_: seen.append(1))
+    chain = from_freia(net)
+    x = torch.randn(6, 5, dtype=torch.double, requires_grad=True)
+    context = torch.randn(6, 3, dtype=torch.double, requires_grad=True)
+
+    def run(x, c):
+        return reference(x, c=[c] if kind == "GraphINN" else [None, c])
+
+    want = step(run, x, context, reference)
+    got = step(chain, x, context, net)
+
+    assert_equal(got, want)
+    assert len(chain) == 1
+    assert seen
+
+
+def test_a_sequence_of_freia_that_overrides_forward_is_run_by_its_own():
+    ff = pytest.importorskip("FrEIA.framework")
+
+    class Doubling(ff.SequenceINN):
+        def forward(self, x, c=None, rev=False, jac=True):
+            y, log_det = super().forward(x if rev else 2 * x, c, rev, jac)
+            return (y / 2 if rev else y), log_det
+
+    net = freia_net("SequenceINN", Doubling).eval()
+    x, context = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+
+    z, _ = from_freia(net)(x, context)
+
+    torch.testing.assert_close(z, net(x, c=[None, context])[0])
+
+
+def test_a_net_of_freia_that_is_called_whole_is_stored_if_a_part_has_no_cheap_inverse():
+    net = freia_net("SequenceINN")
+    net.append(pytest.importorskip("FrEIA.modules").IResNetLayer)
+    net.register_forward_hook(lambda *_: None)
+
+    assert from_freia(net).policies() == ["store"]
+
+
+def test_a_composite_of_nflows_that_overrides_inverse_alone_is_run_by_its_own():
+    transforms = pytest.importorskip("nflows.transforms")
+
+    class Noting(transforms.CompositeTransform):
+        def inverse(self, inputs, context=None):
+            x, log_det = super().inverse(inputs, context)
+            return x, log_det + 1
+
+    module = Noting([transforms.LULinear(5)])
+    z = torch.randn(6, 5)
+
+    _, log_det = from_nflows(module).inverse(z)
+
+    torch.testing.assert_close(log_det, module.inverse(z)[1])
+
+
+def test_a_composite_of_nflows_that_is_called_whole_is_stored_if_a_part_has_no_cheap_inverse():
+    transforms = pytest.importorskip("nflows.transforms")
+    module = transforms.CompositeTransform([transforms.Sigmoid()])
+    module.register_forward_hook(lambda *_: None)
+
+    assert from_nflows(module).policies() == ["store"]
+
+
 def test_a_module_with_hooks_is_called_whole():
     pytest.importorskip("nflows")
     coupling = nflows_coupling()
