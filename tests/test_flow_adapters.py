@@ -40,6 +40,8 @@ pytestmark = [
 ADAPTERS = {"nflows": from_nflows, "normflows": from_normflows, "FrEIA": from_freia}
 
 
+TWO_SIDED_BY_OURS = "NICECouplingBlock", "RNVPCouplingBlock", "GLOWCouplingBlock"
+
 both_directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 
 
@@ -324,6 +326,42 @@ def test_peak_memory_does_not_grow_with_depth(kind, inverse, monkeypatch):
         return measure_step(step, model=chain).peak.activations
 
     assert peak(depth=8) == peak(depth=2)
+
+
+exact_kinds = pytest.mark.parametrize(
+    "kind", ["nflows-affine", "normflows", *TWO_SIDED_BY_OURS, "AllInOneBlock"]
+)
+
+
+@both_directions
+@exact_kinds
+def test_an_exact_chain_is_the_stored_one_to_the_last_bit(kind, inverse):
+    chain = FlowSequential(*plain_chain(kind, 4), exact=True)
+    stored = FlowSequential(*copy.deepcopy(chain), exact=True, policy="store")
+    x = torch.randn(32, 16, requires_grad=True)
+
+    want = step(lambda x, _: (stored.inverse if inverse else stored)(x), x, None, stored)
+    got = step(lambda x, _: (chain.inverse if inverse else chain)(x), x, None, chain)
+
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want if want[name] is not None)
+
+
+@both_directions
+@pytest.mark.parametrize("kind", ["normflows", *TWO_SIDED_BY_OURS])
+def test_peak_memory_of_an_exact_chain_does_not_grow_with_depth(kind, inverse):
+    def peak(depth):
+        chain = FlowSequential(*plain_chain(kind, depth), exact=True)
+        run = chain.inverse if inverse else chain
+        x = torch.randn(32, 16)
+
+        def step():
+            y, log_det = run(x)
+            (y.sum() + log_det.sum()).backward()
+
+        return measure_step(step, model=chain).peak.activations
+
+    assert peak(depth=8) == pytest.approx(peak(depth=2), rel=0.05)
 
 
 @cases()

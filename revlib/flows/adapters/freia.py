@@ -150,29 +150,33 @@ def make_coupling(
     module: nn.Module, networks: list[str], see: See, changed: slice, run: Run
 ) -> Coupling:
     """Returns the layer of a coupling, or of one side of it, that changes some channels."""
-    formula, *factors = find_formula(module)
+    # The flip tells exact arithmetic which elements change.
+    formula, *factors = find_formula(module, flip=changed.start is None)
     if formula is None:
         return LibraryCoupling(module, networks, see, run)
     said, where = partial(ask, networks, see, *factors), partial(channels, changed)
     return FusedCoupling(module, networks, said, where, formula)
 
 
-def find_formula(module: nn.Module) -> tuple[couplings.Coupling | None, float, float]:
+def find_formula(
+    module: nn.Module, *, flip: bool
+) -> tuple[couplings.Coupling | None, float, float]:
     """Returns a coupling of ours that computes what a module does, or None where we have none.
 
     With it come factors on the raw log-scales and the shifts that the sub-networks give.
     """
     kind, clamp = type(module).__name__, module.clamp
+    make_affine = partial(make_formula, AffineCoupling, flip=flip)
     if kind == "NICECouplingBlock":
-        return make_formula(AdditiveCoupling), 1, 1
+        return make_formula(AdditiveCoupling, flip=flip), 1, 1
     if kind == "GINCouplingBlock" or getattr(module, "GIN", False):
         return None, 1, 1
     if kind == "AllInOneBlock":
-        return make_formula(AffineCoupling, scale="tanh", clamp=clamp), 0.1 * clamp, 0.1
+        return make_affine(scale="tanh", clamp=clamp), 0.1 * clamp, 0.1
     clampings = ("ATAN", "atan", 1), ("TANH", "tanh", clamp), ("SIGMOID", "tanh", clamp / 2)
     for name, scale, factor in clampings:
         if clamps_by(name, module):
-            return make_formula(AffineCoupling, scale=scale, clamp=clamp), factor, 1
+            return make_affine(scale=scale, clamp=clamp), factor, 1
     return None, 1, 1
 
 

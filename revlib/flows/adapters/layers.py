@@ -80,6 +80,9 @@ class Steps(FlowLayer):
         super().__init__()
         self.module = module
         self._steps = tuple(steps)
+        self.can_be_exact = all(step.can_be_exact for step in steps)
+        for step in steps:
+            step.can_be_exact = self.can_be_exact
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         log_dets = []
