@@ -364,6 +364,30 @@ def test_peak_memory_of_an_exact_chain_does_not_grow_with_depth(kind, inverse):
     assert peak(depth=8) == pytest.approx(peak(depth=2), rel=0.05)
 
 
+@both_directions
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nflows-affine",
+        "nflows-spline",
+        "normflows-channel-exp",
+        "freia-GLOWCouplingBlock",
+        "freia-AllInOneBlock",
+    ],
+)
+def test_a_chain_without_gradients_compiles_to_one_graph(name, inverse):
+    case, module = make(name)
+    chain = ADAPTERS[case.library](module.eval())
+    run = chain.inverse if inverse else chain
+    x, context = draw(case)
+    torch.compiler.reset()
+
+    with torch.no_grad():
+        got = torch.compile(run, fullgraph=True, backend="eager")(x, context)
+
+        torch.testing.assert_close(got, run(x, context))
+
+
 @cases()
 def test_parameters_are_the_users_own_and_once_in_the_state_dict(name):
     case, module = make(name)
