@@ -493,6 +493,20 @@ def test_what_has_no_cheap_inverse_is_stored(name, options):
     assert chain.policies() == ["store"]
 
 
+@both_directions
+def test_a_circular_spline_of_normflows_trains_on_what_is_beyond_its_bound(inverse):
+    case, module = make("normflows-circular")
+    reference = copy.deepcopy(module)
+    chain = from_normflows(module)
+    x = 6 * torch.randn(16, 5, dtype=torch.double)
+    x.requires_grad_()
+
+    want = step(lambda x, c: own(case, reference, x, c, inverse=inverse), x, None, reference)
+    got = step(chain.inverse if inverse else chain, x, None, module)
+
+    assert_equal(got, want)
+
+
 def test_planar_flows_of_normflows_train_on_samples():
     flows = pytest.importorskip("normflows.flows")
     module = vary(flows.Planar((4,)))

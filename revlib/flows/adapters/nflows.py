@@ -110,6 +110,9 @@ def make_coupling(module: nn.Module, *, flip: bool = False) -> FlowLayer:
 
     After the coupling may come an unconditional transform of what the coupling keeps.
     """
+    if isinstance(getattr(module, "tails", None), list | tuple):
+        # Such splines make 0 of all that is beyond their bound, whatever it was.
+        return Called(module, run, flip=flip, cheap_inverse=False)
     coupling = make_fused(module, flip=flip) or LibraryCoupling(
         module, ["transform_net"], see_kept, run_coupling, flip=flip
     )
