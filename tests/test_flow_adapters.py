@@ -40,6 +40,8 @@ pytestmark = [
 ADAPTERS = {"nflows": from_nflows, "normflows": from_normflows, "FrEIA": from_freia}
 
 
+TWO_SIDED_BY_OURS = "NICECouplingBlock", "RNVPCouplingBlock", "GLOWCouplingBlock"
+
 both_directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 
 
@@ -326,6 +328,66 @@ def test_peak_memory_does_not_grow_with_depth(kind, inverse, monkeypatch):
     assert peak(depth=8) == peak(depth=2)
 
 
+exact_kinds = pytest.mark.parametrize(
+    "kind", ["nflows-affine", "normflows", *TWO_SIDED_BY_OURS, "AllInOneBlock"]
+)
+
+
+@both_directions
+@exact_kinds
+def test_an_exact_chain_is_the_stored_one_to_the_last_bit(kind, inverse):
+    chain = FlowSequential(*plain_chain(kind, 4), exact=True)
+    stored = FlowSequential(*copy.deepcopy(chain), exact=True, policy="store")
+    x = torch.randn(32, 16, requires_grad=True)
+
+    want = step(lambda x, _: (stored.inverse if inverse else stored)(x), x, None, stored)
+    got = step(lambda x, _: (chain.inverse if inverse else chain)(x), x, None, chain)
+
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want if want[name] is not None)
+
+
+@both_directions
+@pytest.mark.parametrize("kind", ["normflows", *TWO_SIDED_BY_OURS])
+def test_peak_memory_of_an_exact_chain_does_not_grow_with_depth(kind, inverse):
+    def peak(depth):
+        chain = FlowSequential(*plain_chain(kind, depth), exact=True)
+        run = chain.inverse if inverse else chain
+        x = torch.randn(32, 16)
+
+        def step():
+            y, log_det = run(x)
+            (y.sum() + log_det.sum()).backward()
+
+        return measure_step(step, model=chain).peak.activations
+
+    assert peak(depth=8) == pytest.approx(peak(depth=2), rel=0.05)
+
+
+@both_directions
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nflows-affine",
+        "nflows-spline",
+        "normflows-channel-exp",
+        "freia-GLOWCouplingBlock",
+        "freia-AllInOneBlock",
+    ],
+)
+def test_a_chain_without_gradients_compiles_to_one_graph(name, inverse):
+    case, module = make(name)
+    chain = ADAPTERS[case.library](module.eval())
+    run = chain.inverse if inverse else chain
+    x, context = draw(case)
+    torch.compiler.reset()
+
+    with torch.no_grad():
+        got = torch.compile(run, fullgraph=True, backend="eager")(x, context)
+
+        torch.testing.assert_close(got, run(x, context))
+
+
 @cases()
 def test_parameters_are_the_users_own_and_once_in_the_state_dict(name):
     case, module = make(name)
@@ -429,6 +491,20 @@ def test_what_has_no_cheap_inverse_is_stored(name, options):
     chain = ADAPTERS[library](module)
 
     assert chain.policies() == ["store"]
+
+
+@both_directions
+def test_a_circular_spline_of_normflows_trains_on_what_is_beyond_its_bound(inverse):
+    case, module = make("normflows-circular")
+    reference = copy.deepcopy(module)
+    chain = from_normflows(module)
+    x = 6 * torch.randn(16, 5, dtype=torch.double)
+    x.requires_grad_()
+
+    want = step(lambda x, c: own(case, reference, x, c, inverse=inverse), x, None, reference)
+    got = step(chain.inverse if inverse else chain, x, None, module)
+
+    assert_equal(got, want)
 
 
 def test_planar_flows_of_normflows_train_on_samples():
@@ -548,6 +624,91 @@ def test_a_missing_condition_of_freia_is_named():
 
     with pytest.raises(ValueError, match="GLOWCouplingBlock has a condition"):
         chain(torch.randn(6, 5))
+
+
+def freia_net(kind, sequence=None):
+    """Returns a SequenceINN or a GraphINN of two couplings, of which one has a condition."""
+    ff = pytest.importorskip("FrEIA.framework")
+    modules = pytest.importorskip("FrEIA.modules")
+    options = {"subnet_constructor": Network}
+    if kind == "SequenceINN":
+        net = (sequence or ff.SequenceINN)(5)
+        net.append(modules.GLOWCouplingBlock, **options)
+        net.append(modules.GLOWCouplingBlock, cond=1, cond_shape=(3,), **options)
+        return vary(net)
+    start, condition = ff.InputNode(5), ff.ConditionNode(3)
+    first = ff.Node(start, modules.GLOWCouplingBlock, options)
+    second = ff.Node(first, modules.GLOWCouplingBlock, options, conditions=condition)
+    return vary(ff.GraphINN([start, condition, first, second, ff.OutputNode(second)]))
+
+
+@pytest.mark.parametrize("kind", ["SequenceINN", "GraphINN"])
+def test_a_net_of_freia_with_hooks_is_called_whole(kind):
+    net = freia_net(kind)
+    reference = copy.deepcopy(net)
+    seen = []
+    net.register_forward_hook(lambda *_: seen.append(1))
+    chain = from_freia(net)
+    x = torch.randn(6, 5, dtype=torch.double, requires_grad=True)
+    context = torch.randn(6, 3, dtype=torch.double, requires_grad=True)
+
+    def run(x, c):
+        return reference(x, c=[c] if kind == "GraphINN" else [None, c])
+
+    want = step(run, x, context, reference)
+    got = step(chain, x, context, net)
+
+    assert_equal(got, want)
+    assert len(chain) == 1
+    assert seen
+
+
+def test_a_sequence_of_freia_that_overrides_forward_is_run_by_its_own():
+    ff = pytest.importorskip("FrEIA.framework")
+
+    class Doubling(ff.SequenceINN):
+        def forward(self, x, c=None, rev=False, jac=True):
+            y, log_det = super().forward(x if rev else 2 * x, c, rev, jac)
+            return (y / 2 if rev else y), log_det
+
+    net = freia_net("SequenceINN", Doubling).eval()
+    x, context = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+
+    z, _ = from_freia(net)(x, context)
+
+    torch.testing.assert_close(z, net(x, c=[None, context])[0])
+
+
+def test_a_net_of_freia_that_is_called_whole_is_stored_if_a_part_has_no_cheap_inverse():
+    net = freia_net("SequenceINN")
+    net.append(pytest.importorskip("FrEIA.modules").IResNetLayer)
+    net.register_forward_hook(lambda *_: None)
+
+    assert from_freia(net).policies() == ["store"]
+
+
+def test_a_composite_of_nflows_that_overrides_inverse_alone_is_run_by_its_own():
+    transforms = pytest.importorskip("nflows.transforms")
+
+    class Noting(transforms.CompositeTransform):
+        def inverse(self, inputs, context=None):
+            x, log_det = super().inverse(inputs, context)
+            return x, log_det + 1
+
+    module = Noting([transforms.LULinear(5)])
+    z = torch.randn(6, 5)
+
+    _, log_det = from_nflows(module).inverse(z)
+
+    torch.testing.assert_close(log_det, module.inverse(z)[1])
+
+
+def test_a_composite_of_nflows_that_is_called_whole_is_stored_if_a_part_has_no_cheap_inverse():
+    transforms = pytest.importorskip("nflows.transforms")
+    module = transforms.CompositeTransform([transforms.Sigmoid()])
+    module.register_forward_hook(lambda *_: None)
+
+    assert from_nflows(module).policies() == ["store"]
 
 
 def test_a_module_with_hooks_is_called_whole():

@@ -102,12 +102,9 @@ class FusedCoupling(Coupling):
     ) -> None:
         super().__init__(module, networks, flip=flip)
         self.formula = formula
+        self.can_be_exact = formula.can_be_exact
         self._ask = ask
         self._where = where
-
-    @property
-    def can_be_exact(self) -> bool:
-        return self.formula.can_be_exact
 
     def condition(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self._ask(self.module, x, context)
@@ -116,7 +113,9 @@ class FusedCoupling(Coupling):
         (x,) = streams
         where = self._where(self.module, x)
         h = self._evaluate(x, evaluate)
-        y, log_det = self.formula.couple(x[where], h, evaluate, inverse=inverse != self.flip)
+        y, log_det = self.formula.couple(
+            x[where], h, self._arithmetic(evaluate), inverse=inverse != self.flip
+        )
         return put(x, where, y), zeros(x) if log_det is None else log_det
 
     def _step_back(
@@ -126,11 +125,20 @@ class FusedCoupling(Coupling):
         where = self._where(self.module, y)
         h, pullback = evaluate.vjp(Condition(self), y)
         changed, dchanged, dh = self.formula.couple_backward(
-            y[where], h, dy[where], dlog_det, evaluate, inverse=inverse != self.flip
+            y[where],
+            h,
+            dy[where],
+            dlog_det,
+            self._arithmetic(evaluate),
+            inverse=inverse != self.flip,
         )
         del h
         dseen = pullback(dh)
         return (put(y, where, changed),), (put(dy, where, dchanged) + dseen,)
+
+    def _arithmetic(self, evaluate: Evaluate) -> Evaluate:
+        """Returns what computes in floats where this is a step of a layer that cannot be exact."""
+        return evaluate if self.can_be_exact else Evaluate(evaluate.context, evaluate.label)
 
 
 class LibraryCoupling(Coupling):

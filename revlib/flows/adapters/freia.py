@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from revlib.autograd import is_altered
 from revlib.flows import couplings
 from revlib.flows.adapters.couplings import (
     Coupling,
@@ -91,8 +92,7 @@ def layers(module: object) -> Iterator[FlowLayer]:
         )
     if isinstance(module, SequenceINN):
         check_one_condition({index for index in module.conditions if index is not None})
-        for part in module:
-            yield from layers(part)
+        yield from net_layers(module, SequenceINN)
     elif isinstance(module, GraphINN):
         check_one_condition(module.condition_nodes)
         if len(module.in_nodes) != 1 or len(module.out_nodes) != 1:
@@ -100,10 +100,18 @@ def layers(module: object) -> Iterator[FlowLayer]:
                 "module must be a GraphINN with one input and one output; got "
                 f"{len(module.in_nodes)} and {len(module.out_nodes)}"
             )
+        yield from net_layers(module, GraphINN)
+    else:
+        yield make_layer(module)
+
+
+def net_layers(module: nn.Module, kind: type[nn.Module]) -> Iterator[FlowLayer]:
+    """Yields the layers of the parts of a net, or one for it all if it does more than they do."""
+    if type(module).forward is kind.forward and not is_altered(module):
         for part in module.module_list:
             yield from layers(part)
     else:
-        yield make_layer(module)
+        yield Called(module, run_net, cheap_inverse=has_cheap_inverse(module))
 
 
 def make_layer(module: nn.Module) -> FlowLayer:
@@ -130,37 +138,45 @@ def make_layer(module: nn.Module) -> FlowLayer:
         before = [Mixing(module, before=True)] if module.reverse_pre_permute else []
         return Steps(module, [*before, coupling, Mixing(module)])
     runner = partial(on_copy, run) if kind in WRITES_TO_INPUT else run
-    names = {cls.__name__ for cls in type(module).__mro__}
-    return Called(module, runner, cheap_inverse=names.isdisjoint(NO_CHEAP_INVERSE))
+    return Called(module, runner, cheap_inverse=has_cheap_inverse(module))
+
+
+def has_cheap_inverse(module: nn.Module) -> bool:
+    names = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
+    return names.isdisjoint(NO_CHEAP_INVERSE)
 
 
 def make_coupling(
     module: nn.Module, networks: list[str], see: See, changed: slice, run: Run
 ) -> Coupling:
     """Returns the layer of a coupling, or of one side of it, that changes some channels."""
-    formula, *factors = find_formula(module)
+    # The flip tells exact arithmetic which elements change.
+    formula, *factors = find_formula(module, flip=changed.start is None)
     if formula is None:
         return LibraryCoupling(module, networks, see, run)
     said, where = partial(ask, networks, see, *factors), partial(channels, changed)
     return FusedCoupling(module, networks, said, where, formula)
 
 
-def find_formula(module: nn.Module) -> tuple[couplings.Coupling | None, float, float]:
+def find_formula(
+    module: nn.Module, *, flip: bool
+) -> tuple[couplings.Coupling | None, float, float]:
     """Returns a coupling of ours that computes what a module does, or None where we have none.
 
     With it come factors on the raw log-scales and the shifts that the sub-networks give.
     """
     kind, clamp = type(module).__name__, module.clamp
+    make_affine = partial(make_formula, AffineCoupling, flip=flip)
     if kind == "NICECouplingBlock":
-        return make_formula(AdditiveCoupling), 1, 1
+        return make_formula(AdditiveCoupling, flip=flip), 1, 1
     if kind == "GINCouplingBlock" or getattr(module, "GIN", False):
         return None, 1, 1
     if kind == "AllInOneBlock":
-        return make_formula(AffineCoupling, scale="tanh", clamp=clamp), 0.1 * clamp, 0.1
+        return make_affine(scale="tanh", clamp=clamp), 0.1 * clamp, 0.1
     clampings = ("ATAN", "atan", 1), ("TANH", "tanh", clamp), ("SIGMOID", "tanh", clamp / 2)
     for name, scale, factor in clampings:
         if clamps_by(name, module):
-            return make_formula(AffineCoupling, scale=scale, clamp=clamp), factor, 1
+            return make_affine(scale=scale, clamp=clamp), factor, 1
     return None, 1, 1
 
 
@@ -213,11 +229,19 @@ def check_one_condition(conditions: Collection[object]) -> None:
 
 def conditions(module: nn.Module, context: Tensor | None) -> Streams:
     """Returns the conditions that a module is to be called with."""
-    if not module.dims_c:
-        return ()
-    if context is None:
+    n = count_conditions(module)
+    if n and context is None:
         raise ValueError(f"{type(module).__name__} has a condition, so the chain needs a context")
-    return (context,)
+    return (context,) * n
+
+
+def count_conditions(module: nn.Module) -> int:
+    """Tells how many conditions a module takes: where it uses one, it may still take several."""
+    from FrEIA.framework import GraphINN, SequenceINN
+
+    if isinstance(module, SequenceINN):
+        return max((1 + index for index in module.conditions if index is not None), default=0)
+    return len(module.condition_nodes if isinstance(module, GraphINN) else module.dims_c)
 
 
 def see_side(side: int, module: nn.Module, x: Tensor, context: Tensor | None) -> Streams:
@@ -260,6 +284,14 @@ def run(
     found = conditions(module, context)
     (y,), log_det = module((x,), rev=inverse, **({"c": found} if found else {}))
     return y, log_det
+
+
+def run_net(
+    module: nn.Module, x: Tensor, context: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Runs a SequenceINN or a GraphINN, of which some return the one tensor in a tuple."""
+    y, log_det = module(x, c=conditions(module, context), rev=inverse)
+    return y if isinstance(y, Tensor) else y[0], log_det
 
 
 def run_side(

@@ -80,6 +80,9 @@ class Steps(FlowLayer):
         super().__init__()
         self.module = module
         self._steps = tuple(steps)
+        self.can_be_exact = all(step.can_be_exact for step in steps)
+        for step in steps:
+            step.can_be_exact = self.can_be_exact
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         log_dets = []
@@ -146,6 +149,8 @@ def initialize(module: nn.Module, x: Tensor, context: Tensor | None) -> None:
     They tell by a buffer whether they saw it, so an evaluation that is repeated as it was would
     set their parameters again. This one leaves no other trace.
     """
+    if torch.compiler.is_compiling():  # a trace cannot walk the stand-ins that it makes
+        return
     flag = "data_dep_init_done"
     waiting = (not part.get_buffer(flag) for part in module.modules() if flag in part._buffers)
     if any(waiting):

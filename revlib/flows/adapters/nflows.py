@@ -85,13 +85,13 @@ def layers(module: object, *, flip: bool = False) -> Iterator[FlowLayer]:
             "MultiscaleCompositeTransform must be put together from its parts with "
             f"revlib.flows.Split; got {type(module).__name__}"
         )
-    forward = None if is_altered(module) else type(module).forward
-    if forward is transforms.CompositeTransform.forward:
+    altered = is_altered(module)
+    if not altered and runs_as(module, transforms.CompositeTransform):
         for part in reversed(module._transforms) if flip else module._transforms:
             yield from layers(part, flip=flip)
-    elif forward is transforms.InverseTransform.forward:
+    elif not altered and runs_as(module, transforms.InverseTransform):
         yield from layers(module._transform, flip=not flip)
-    elif forward is transforms.AffineCouplingTransform.forward:  # the one of all couplings
+    elif not altered and type(module).forward is transforms.AffineCouplingTransform.forward:
         yield make_coupling(module, flip=flip)
     elif isinstance(module, transforms.ActNorm):
         yield ActNorm(module, run, flip=flip)
@@ -99,11 +99,20 @@ def layers(module: object, *, flip: bool = False) -> Iterator[FlowLayer]:
         yield Called(module, run, flip=flip, cheap_inverse=has_cheap_inverse(module))
 
 
+def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Tells whether a module has both directions from a class."""
+    kind = type(module)
+    return kind.forward is cls.forward and kind.inverse is cls.inverse
+
+
 def make_coupling(module: nn.Module, *, flip: bool = False) -> FlowLayer:
     """Returns the layer of a coupling of nflows, or of the same code in normflows.
 
     After the coupling may come an unconditional transform of what the coupling keeps.
     """
+    if isinstance(getattr(module, "tails", None), list | tuple):
+        # Such splines make 0 of all that is beyond their bound, whatever it was.
+        return Called(module, run, flip=flip, cheap_inverse=False)
     coupling = make_fused(module, flip=flip) or LibraryCoupling(
         module, ["transform_net"], see_kept, run_coupling, flip=flip
     )
@@ -195,12 +204,16 @@ def has_cheap_inverse(module: nn.Module) -> bool:
     from nflows.transforms.autoregressive import AutoregressiveTransform
     from nflows.transforms.linear import Linear
 
-    has_inverse = type(module).inverse is not transforms.Transform.inverse
-    # What is in a cache belongs to the graph of the evaluation that put it there.
-    caches = isinstance(module, Linear) and module.using_cache
-    # A sigmoid saturates, and its inverse does not get back what was lost.
-    lost = isinstance(module, (AutoregressiveTransform, transforms.Sigmoid))
-    return has_inverse and not caches and not lost
+    if type(module).inverse is transforms.Transform.inverse:
+        return False
+    for part in module.modules():
+        # What is in a cache belongs to the graph of the evaluation that put it there.
+        if isinstance(part, Linear) and part.using_cache:
+            return False
+        # A sigmoid saturates, and its inverse does not get back what was lost.
+        if isinstance(part, (AutoregressiveTransform, transforms.Sigmoid)):
+            return False
+    return True
 
 
 def features(name: str, module: nn.Module, x: Tensor) -> tuple[Any, ...]:

@@ -156,14 +156,17 @@ def has_our_formula(module: nn.Module) -> bool:
 
 
 def make_fused(module: nn.Module, *, flip: bool) -> FusedCoupling:
-    formula = make_formula(AffineCoupling, scale="exp")
     if type(module).__name__ == "MaskedAffineFlow":
+        formula = make_formula(AffineCoupling, scale="exp")
         networks = [name for name in ("s", "t") if name in module._modules]
         where = partial(channels, slice(None))
         return FusedCoupling(module, networks, ask_masked, where, formula, flip=flip)
     split, coupling, _ = module.flows
-    if not coupling.scale:
-        formula = make_formula(AdditiveCoupling)
+    kind, options = (
+        (AffineCoupling, {"scale": "exp"}) if coupling.scale else (AdditiveCoupling, {})
+    )
+    # The flip tells exact arithmetic which elements change.
+    formula = make_formula(kind, flip=split.mode == "channel_inv", **options)
     ask, where = partial(ask_first, split), partial(second, split)
     return FusedCoupling(coupling, ["param_map"], ask, where, formula, flip=flip)
 
