@@ -20,10 +20,12 @@ def examples(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def test_the_first_example_runs_and_its_memory_is_flat():
+def test_the_first_example_prints_what_it_says_and_its_memory_is_flat(capsys):
     example = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
     names = {}
     exec(compile(example, "README.md", "exec"), names)
+    said = re.search(r"# (.*), then (.*)", example).groups()
+    assert tuple(capsys.readouterr().out.splitlines()) == said
     model = names["model"]
     (chain,) = (part for part in model if isinstance(part, ReversibleSequential))
     x = torch.randn(2, 3, 32, 32)
