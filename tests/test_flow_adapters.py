@@ -783,6 +783,33 @@ def test_a_stream_with_more_features_than_a_coupling_of_nflows_has_is_refused():
         chain(torch.randn(6, 6), torch.randn(6, 3))
 
 
+class Constant(nn.Module):
+    """A sub-network that gives one row for all samples, which the libraries broadcast."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(1, c_out))
+
+    def forward(self, x, context=None):
+        return self.row
+
+
+def test_one_row_of_a_sub_network_for_all_samples_is_refused():
+    transforms = pytest.importorskip("nflows.transforms")
+    chain = from_nflows(transforms.AdditiveCouplingTransform([1, 0, 1], Constant))
+
+    with pytest.raises(ValueError, match=r"block 0 .* must return \[6, 2\].*; got \[1, 2\]"):
+        chain(torch.randn(6, 3))
+
+
+def test_a_stream_of_one_dimension_is_refused():
+    nf = pytest.importorskip("normflows")
+    chain = from_normflows(nf.flows.AffineCouplingBlock(Network(2, 4)))
+
+    with pytest.raises(ValueError, match=r"block 0 .* must be \[batch, \.\.\.\]; got \[6\]"):
+        chain(torch.randn(6))
+
+
 def test_a_scale_that_users_chose_in_a_later_version_of_nflows_is_used(monkeypatch):
     transforms = pytest.importorskip("nflows.transforms")
     monkeypatch.setattr(

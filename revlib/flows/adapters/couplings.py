@@ -13,6 +13,7 @@ from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows import couplings
 from revlib.flows.adapters.layers import Part, Run, initialize, per_sample, stand_in
+from revlib.flows.checks import check_samples
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.streams import Streams
 
@@ -111,12 +112,15 @@ class FusedCoupling(Coupling):
 
     def _run(self, streams: Streams, evaluate: Evaluate, *, inverse: bool) -> Streams:
         (x,) = streams
+        check_samples(evaluate.label, x)
         where = self._where(self.module, x)
         h = self._evaluate(x, evaluate)
-        y, log_det = self.formula.couple(
-            x[where], h, self._arithmetic(evaluate), inverse=inverse != self.flip
+        changed = x[where]
+        self.formula.check(h, changed, evaluate)
+        changed, log_det = self.formula.couple(
+            changed, h, self._arithmetic(evaluate), inverse=inverse != self.flip
         )
-        return put(x, where, y), zeros(x) if log_det is None else log_det
+        return put(x, where, changed), zeros(x) if log_det is None else log_det
 
     def _step_back(
         self, outputs: Streams, gradients: Streams, evaluate: Replay, *, inverse: bool
