@@ -810,6 +810,44 @@ def test_a_stream_of_one_dimension_is_refused():
         chain(torch.randn(6))
 
 
+class Failing(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+
+    def forward(self, x, context=None):
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("AffineCouplingTransform", {}),
+        ("PiecewiseQuadraticCouplingTransform", {"tails": "linear"}),
+    ],
+)
+def test_notes_name_the_users_coupling_and_sub_network(kind, options):
+    transforms = pytest.importorskip("nflows.transforms")
+    chain = from_nflows(getattr(transforms, kind)([1, 0, 1], Failing, **options))
+
+    with pytest.raises(ValueError) as caught:
+        chain(torch.randn(6, 3))
+
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"raised in block 0 ({kind}), evaluating Failing on [6, 3]")
+
+
+@both_directions
+def test_notes_name_the_users_module_that_is_called_whole(inverse):
+    transforms = pytest.importorskip("nflows.transforms")
+    chain = from_nflows(transforms.LULinear(4))
+
+    with pytest.raises(Exception) as caught:
+        (chain.inverse if inverse else chain)(torch.randn(6, 3))
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("raised in block 0 (LULinear), evaluating LULinear on [6, 3]")
+
+
 def test_a_scale_that_users_chose_in_a_later_version_of_nflows_is_used(monkeypatch):
     transforms = pytest.importorskip("nflows.transforms")
     monkeypatch.setattr(

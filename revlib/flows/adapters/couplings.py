@@ -44,6 +44,10 @@ class Coupling(FlowLayer):
         self.networks = tuple(networks)
         self.flip = flip
 
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.module
+
     def condition(self, x: Tensor, context: Tensor | None) -> Tensor | Streams:
         """Returns what the sub-networks say."""
         raise NotImplementedError
@@ -210,6 +214,10 @@ class Condition(Part):
     def __init__(self, layer: Coupling) -> None:
         super().__init__(layer)
         self.networks = nn.ModuleList(map(layer.module.get_submodule, layer.networks))
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.networks[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor | Streams:
         return self._key[0].condition(x, context)

@@ -203,6 +203,10 @@ class Mixing(FlowLayer):
         self._block = (block,)
         self.before = before
 
+    @property
+    def stands_for(self) -> nn.Module:
+        return self._block[0]
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.mix(x, inverse=False)
 
