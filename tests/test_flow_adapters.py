@@ -15,6 +15,7 @@ import torch
 from adapter_cases import (
     CASES,
     IMAGE,
+    Case,
     Network,
     freia_module,
     nflows_coupling,
@@ -709,6 +710,29 @@ def test_a_composite_of_nflows_that_is_called_whole_is_stored_if_a_part_has_no_c
     module.register_forward_hook(lambda *_: None)
 
     assert from_nflows(module).policies() == ["store"]
+
+
+def constant(c_in, c_out):
+    """Returns a sub-network that is a plain function."""
+    return lambda x, context=None: x.new_full((len(x), c_out), 0.3)
+
+
+@both_directions
+@pytest.mark.parametrize("library", ["nflows", "FrEIA"])
+def test_a_coupling_with_a_function_as_sub_network_is_called_whole(library, inverse):
+    if library == "nflows":
+        transforms = pytest.importorskip("nflows.transforms")
+        module = transforms.AffineCouplingTransform([1, 0, 1, 0, 0], constant)
+    else:
+        modules = pytest.importorskip("FrEIA.modules")
+        module = modules.GLOWCouplingBlock([(5,)], subnet_constructor=constant)
+    chain = ADAPTERS[library](module)
+    case, x = Case(library, None), torch.randn(6, 5, dtype=torch.double, requires_grad=True)
+
+    want = step(lambda x, c: own(case, module, x, c, inverse=inverse), x, None, module)
+    got = step(chain.inverse if inverse else chain, x, None, module)
+
+    assert_equal(got, want)
 
 
 def test_a_module_with_hooks_is_called_whole():

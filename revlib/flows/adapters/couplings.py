@@ -278,6 +278,12 @@ def is_plain(module: nn.Module, *names: str) -> bool:
     )
 
 
+def has_functions(module: nn.Module, *networks: str) -> bool:
+    """Tells whether a sub-network is a plain function, which cannot be evaluated as a module."""
+    found = (name for name in networks if name not in module._modules)
+    return any(callable(getattr(module, name, None)) for name in found)
+
+
 def make_formula(kind: type[couplings.Coupling], **options: Any) -> couplings.Coupling | None:
     """Returns a coupling of ours for its formula alone, or None where it refuses the options."""
     try:
