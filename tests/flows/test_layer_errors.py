@@ -304,6 +304,11 @@ ARGUMENTS = {
         ValueError,
         "glow: shape must leave something to couple; got (1,)",
     ),
+    "shape-one-pixel": Bad(
+        lambda: flows.nice((1, 1, 1)),
+        ValueError,
+        "nice: shape must leave something to couple; got (1, 1, 1)",
+    ),
     "nice-layers": Bad(
         lambda: flows.nice((4,), layers=0),
         ValueError,
