@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo  # the public torch.compiler.disable 
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
-from revlib.evaluate import Evaluate, Record, Replay
+from revlib.evaluate import Evaluate, Record, Replay, kind_of
 from revlib.exact import Exact, LayoutFunction, recording, replaying
 from revlib.finite import check_finite, in_anomaly_mode
 from revlib.guard import Guard
@@ -85,7 +85,7 @@ def make_leg(
     cls = getattr(block, "contract", InvertibleModule) if whole else type(block)
     return Leg(
         block,
-        f"block {name} ({type(block).__name__})",
+        f"block {name} ({kind_of(block)})",
         policy,
         is_anchor,
         parameters,

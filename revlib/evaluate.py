@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import chain
 from typing import Any
 
@@ -32,12 +32,23 @@ from revlib.streams import Streams, fit, in_layout, layout_of
 RAISED = "raised in"
 
 
+def kind_of(module: nn.Module) -> str:
+    """Returns the name of a module's class, or of the class of the user's that it stands for."""
+    while (meant := getattr(module, "stands_for", None)) is not None:
+        module = meant
+    return type(module).__name__
+
+
 class StandIn(nn.Module):
     """Stands for something that a block computes: two for the same of one block are equal."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.block
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.block is self.block
@@ -108,12 +119,12 @@ class Evaluate:
         value = self._call(module, (x,) if self.context is None else (x, self.context))
         if [_version(stream) for stream in streams] != versions:
             raise RuntimeError(
-                f"{self.label}: {type(module).__name__} changed its input in place, but that "
+                f"{self.label}: {kind_of(module)} changed its input in place, but that "
                 "input is a stream of the block and still needed; make the first operation of "
                 "the sub-network out of place (inplace=False)"
             )
         if in_anomaly_mode():
-            check_finite(self.label, f"what {type(module).__name__} returned", value)
+            check_finite(self.label, f"what {kind_of(module)} returned", value)
         return value
 
     def weights(self, block: nn.Module) -> Streams:
@@ -146,7 +157,9 @@ class Evaluate:
         if given and self.context is not None:
             given[-1] += ", the context, which is the last argument of every sub-network"
         on = " and ".join(given) or "its parameters"
-        error.add_note(f"{RAISED} {self.label}, evaluating {type(module).__name__} on {on}")
+        note = f"{RAISED} {self.label}, evaluating {kind_of(module)} on {on}"
+        with suppress(Exception):  # an error that takes no notes must still be the one raised
+            error.add_note(note)
 
 
 class Record(Evaluate):
@@ -294,7 +307,8 @@ class Replay(Evaluate):
                         allow_unused=True,
                     )
                 except Exception as error:
-                    error.add_note(f"{RAISED} {self.label}, going back through a sub-network")
+                    with suppress(Exception):
+                        error.add_note(f"{RAISED} {self.label}, going back through a sub-network")
                     raise
                 found.update(zip(found, results, strict=True))
             for leaf in leaves:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from revlib.autograd import Leg, Outcome, Policy, is_altered, make_leg, run_chain
 from revlib.diagnosis import find_drift, find_nonfinite
+from revlib.evaluate import kind_of
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
 from revlib.streams import Stream
@@ -232,7 +233,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         self, name: str, block: nn.Module, policy: Policy, *, asked_for: bool
     ) -> Policy:
         """Checks the policy of one block; `asked_for`: whether it was named for this block."""
-        label = f"block {name} ({type(block).__name__})"
+        label = f"block {name} ({kind_of(block)})"
         self._check_contract(label, block)
         if policy not in get_args(Policy):
             raise ValueError(

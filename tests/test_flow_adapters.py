@@ -15,6 +15,7 @@ import torch
 from adapter_cases import (
     CASES,
     IMAGE,
+    Case,
     Network,
     freia_module,
     nflows_coupling,
@@ -711,6 +712,29 @@ def test_a_composite_of_nflows_that_is_called_whole_is_stored_if_a_part_has_no_c
     assert from_nflows(module).policies() == ["store"]
 
 
+def constant(c_in, c_out):
+    """Returns a sub-network that is a plain function."""
+    return lambda x, context=None: x.new_full((len(x), c_out), 0.3)
+
+
+@both_directions
+@pytest.mark.parametrize("library", ["nflows", "FrEIA"])
+def test_a_coupling_with_a_function_as_sub_network_is_called_whole(library, inverse):
+    if library == "nflows":
+        transforms = pytest.importorskip("nflows.transforms")
+        module = transforms.AffineCouplingTransform([1, 0, 1, 0, 0], constant)
+    else:
+        modules = pytest.importorskip("FrEIA.modules")
+        module = modules.GLOWCouplingBlock([(5,)], subnet_constructor=constant)
+    chain = ADAPTERS[library](module)
+    case, x = Case(library, None), torch.randn(6, 5, dtype=torch.double, requires_grad=True)
+
+    want = step(lambda x, c: own(case, module, x, c, inverse=inverse), x, None, module)
+    got = step(chain.inverse if inverse else chain, x, None, module)
+
+    assert_equal(got, want)
+
+
 def test_a_module_with_hooks_is_called_whole():
     pytest.importorskip("nflows")
     coupling = nflows_coupling()
@@ -781,6 +805,71 @@ def test_a_stream_with_more_features_than_a_coupling_of_nflows_has_is_refused():
 
     with pytest.raises(ValueError, match=r"must be \[batch, 5, \.\.\.\]; got \[6, 6\]"):
         chain(torch.randn(6, 6), torch.randn(6, 3))
+
+
+class Constant(nn.Module):
+    """A sub-network that gives one row for all samples, which the libraries broadcast."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(1, c_out))
+
+    def forward(self, x, context=None):
+        return self.row
+
+
+def test_one_row_of_a_sub_network_for_all_samples_is_refused():
+    transforms = pytest.importorskip("nflows.transforms")
+    chain = from_nflows(transforms.AdditiveCouplingTransform([1, 0, 1], Constant))
+
+    with pytest.raises(ValueError, match=r"block 0 .* must return \[6, 2\].*; got \[1, 2\]"):
+        chain(torch.randn(6, 3))
+
+
+def test_a_stream_of_one_dimension_is_refused():
+    nf = pytest.importorskip("normflows")
+    chain = from_normflows(nf.flows.AffineCouplingBlock(Network(2, 4)))
+
+    with pytest.raises(ValueError, match=r"block 0 .* must be \[batch, \.\.\.\]; got \[6\]"):
+        chain(torch.randn(6))
+
+
+class Failing(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+
+    def forward(self, x, context=None):
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("AffineCouplingTransform", {}),
+        ("PiecewiseQuadraticCouplingTransform", {"tails": "linear"}),
+    ],
+)
+def test_notes_name_the_users_coupling_and_sub_network(kind, options):
+    transforms = pytest.importorskip("nflows.transforms")
+    chain = from_nflows(getattr(transforms, kind)([1, 0, 1], Failing, **options))
+
+    with pytest.raises(ValueError) as caught:
+        chain(torch.randn(6, 3))
+
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"raised in block 0 ({kind}), evaluating Failing on [6, 3]")
+
+
+@both_directions
+def test_notes_name_the_users_module_that_is_called_whole(inverse):
+    transforms = pytest.importorskip("nflows.transforms")
+    chain = from_nflows(transforms.LULinear(4))
+
+    with pytest.raises(Exception) as caught:
+        (chain.inverse if inverse else chain)(torch.randn(6, 3))
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("raised in block 0 (LULinear), evaluating LULinear on [6, 3]")
 
 
 def test_a_scale_that_users_chose_in_a_later_version_of_nflows_is_used(monkeypatch):

@@ -365,7 +365,7 @@ def check_shape(name: str, shape: Shape) -> None:
         raise ValueError(
             f"{name}: shape must be (channels, height, width) or (features,); got {shape!r}"
         )
-    if shape == (1,):
+    if math.prod(shape) == 1:
         raise ValueError(f"{name}: shape must leave something to couple; got {shape}")
 
 

@@ -61,6 +61,24 @@ class Coupling(FlowLayer):
         """Goes back through `couple` from its output; returns `x`, `dx` and `dh`."""
         raise NotImplementedError
 
+    def check(self, h: object, x: Tensor, evaluate: Evaluate) -> None:
+        """Refuses what the conditioner returned where it says no value for each of `x`."""
+        if not isinstance(h, Tensor):
+            raise TypeError(
+                f"{evaluate.label}: conditioner must return a tensor; got {type(h).__name__}"
+            )
+        if not h.is_floating_point():
+            raise TypeError(
+                f"{evaluate.label}: conditioner must return floating point; got {h.dtype}"
+            )
+        batch, channels, *space = x.shape
+        expected = (batch, self.per_element * channels, *space)
+        if h.shape != expected:
+            raise ValueError(
+                f"{evaluate.label}: conditioner must return {list(expected)}, {self.per_element} "
+                f"for each of {channels} transformed channels; got {list(h.shape)}"
+            )
+
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         return self._run(streams, evaluate, inverse=False)
 
@@ -84,7 +102,7 @@ class Coupling(FlowLayer):
         check_samples(evaluate.label, streams[0])
         kept, x = self._mask.part(streams)
         h = evaluate(self.conditioner, kept)
-        self._check(h, x, evaluate)
+        self.check(h, x, evaluate)
         y, log_det = self.couple(x, h, evaluate, inverse=inverse)
         return *self._mask.join(kept, y), log_det
 
@@ -102,23 +120,6 @@ class Coupling(FlowLayer):
         del y, h, dy
         dseen = pullback(dh)
         return self._mask.join(kept, x), self._mask.join_gradients(dkept, dx, dseen)
-
-    def _check(self, h: object, x: Tensor, evaluate: Evaluate) -> None:
-        if not isinstance(h, Tensor):
-            raise TypeError(
-                f"{evaluate.label}: conditioner must return a tensor; got {type(h).__name__}"
-            )
-        if not h.is_floating_point():
-            raise TypeError(
-                f"{evaluate.label}: conditioner must return floating point; got {h.dtype}"
-            )
-        batch, channels, *space = x.shape
-        expected = (batch, self.per_element * channels, *space)
-        if h.shape != expected:
-            raise ValueError(
-                f"{evaluate.label}: conditioner must return {list(expected)}, {self.per_element} "
-                f"for each of {channels} transformed channels; got {list(h.shape)}"
-            )
 
 
 class AdditiveCoupling(Coupling):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revlib.evaluate import Evaluate, Inverse, Replay
+from revlib.evaluate import Evaluate, Inverse, Replay, kind_of
 from revlib.invertible import InvertibleModule, check_again
 from revlib.streams import Streams, convert, enter, settle
 
@@ -95,7 +95,7 @@ class FlowLayer(InvertibleModule):
     ) -> tuple[Latent, Tensor]:
         if not self.on_streams:
             raise NotImplementedError(f"{type(self).__name__} must define forward and inverse")
-        label = type(self).__name__
+        label = kind_of(self)
         wanted = 1 + (run == self.inverse_streams) * self.n_latents
         if wanted != (len(x) if isinstance(x, tuple) else 1):
             takes = "a tensor" if wanted == 1 else f"a tuple of {wanted} tensors"

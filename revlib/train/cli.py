@@ -80,7 +80,11 @@ def train_command(
         float, Option(help="For a classifier: share of activations to drop.")
     ] = Settings.dropout,
     levels: Annotated[
-        int | None, Option(help="For a flow of images: scales.", show_default="as many as fit")
+        int | None,
+        Option(
+            help="For a flow of images: scales.",
+            show_default="2 for realnvp and otherwise 3, or the fewer that fit",
+        ),
     ] = Settings.levels,
     flow_steps: Annotated[
         int | None,

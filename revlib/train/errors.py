@@ -18,7 +18,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, argument: str, rule: str, value: object) -> None:
-        super().__init__(f"{argument} {rule}; got {value}")
+        got = "" if value is True else f"; got {value}"  # a flag was given, or it was not
+        super().__init__(f"{argument} {rule}{got}")
         self.argument = argument
         self.rule = rule
         self.value = value

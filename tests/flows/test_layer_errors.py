@@ -304,6 +304,11 @@ ARGUMENTS = {
         ValueError,
         "glow: shape must leave something to couple; got (1,)",
     ),
+    "shape-one-pixel": Bad(
+        lambda: flows.nice((1, 1, 1)),
+        ValueError,
+        "nice: shape must leave something to couple; got (1, 1, 1)",
+    ),
     "nice-layers": Bad(
         lambda: flows.nice((4,), layers=0),
         ValueError,
@@ -963,12 +968,13 @@ NOTED = {
     "inverse-of-the-user": Bad(
         lambda: backward(flows.FlowSequential(BrokenInverse())),
         KeyError,
-        "raised in block 0 (BrokenInverse), evaluating Inverse on [5, 6] float32",
+        "raised in block 0 (BrokenInverse), evaluating BrokenInverse on [5, 6] float32",
     ),
     "weights": Bad(
         lambda: broken_convolution()(x(5, 6)),
         KeyError,
-        "raised in block 0 (ParametrizedInvertibleConv1x1), evaluating Weights on its parameters",
+        "raised in block 0 (ParametrizedInvertibleConv1x1), "
+        "evaluating ParametrizedInvertibleConv1x1 on its parameters",
     ),
     "chain-in-a-chain": Bad(
         lambda: flows.FlowSequential(flows.ActNorm(6), coupled(Breaks()))(x(5, 6)),
@@ -1024,3 +1030,20 @@ def test_an_error_of_a_sub_network_that_is_compiled_is_no_trouble_with_its_note(
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
 
     assert run.returncode == 1 and "Unsupported: Observed exception" in run.stderr
+
+
+class TakesNoNotes(Exception):
+    def add_note(self, note):
+        raise TypeError
+
+
+class RaisesWithoutNotes(nn.Module):
+    def forward(self, x):
+        raise TakesNoNotes
+
+
+def test_an_error_that_takes_no_notes_is_still_the_one_raised():
+    chain = flows.FlowSequential(flows.AdditiveCoupling(RaisesWithoutNotes()))
+
+    with pytest.raises(TakesNoNotes):
+        chain(torch.randn(5, 6))

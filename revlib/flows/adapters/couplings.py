@@ -13,6 +13,7 @@ from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows import couplings
 from revlib.flows.adapters.layers import Part, Run, initialize, per_sample, stand_in
+from revlib.flows.checks import check_samples
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.streams import Streams
 
@@ -42,6 +43,10 @@ class Coupling(FlowLayer):
         self.module = module
         self.networks = tuple(networks)
         self.flip = flip
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.module
 
     def condition(self, x: Tensor, context: Tensor | None) -> Tensor | Streams:
         """Returns what the sub-networks say."""
@@ -111,12 +116,15 @@ class FusedCoupling(Coupling):
 
     def _run(self, streams: Streams, evaluate: Evaluate, *, inverse: bool) -> Streams:
         (x,) = streams
+        check_samples(evaluate.label, x)
         where = self._where(self.module, x)
         h = self._evaluate(x, evaluate)
-        y, log_det = self.formula.couple(
-            x[where], h, self._arithmetic(evaluate), inverse=inverse != self.flip
+        changed = x[where]
+        self.formula.check(h, changed, evaluate)
+        changed, log_det = self.formula.couple(
+            changed, h, self._arithmetic(evaluate), inverse=inverse != self.flip
         )
-        return put(x, where, y), zeros(x) if log_det is None else log_det
+        return put(x, where, changed), zeros(x) if log_det is None else log_det
 
     def _step_back(
         self, outputs: Streams, gradients: Streams, evaluate: Replay, *, inverse: bool
@@ -207,6 +215,10 @@ class Condition(Part):
         super().__init__(layer)
         self.networks = nn.ModuleList(map(layer.module.get_submodule, layer.networks))
 
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.networks[0]
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor | Streams:
         return self._key[0].condition(x, context)
 
@@ -264,6 +276,12 @@ def is_plain(module: nn.Module, *names: str) -> bool:
         and not is_altered(module)
         and vars(module).keys().isdisjoint(dir(cls))
     )
+
+
+def has_functions(module: nn.Module, *networks: str) -> bool:
+    """Tells whether a sub-network is a plain function, which cannot be evaluated as a module."""
+    found = (name for name in networks if name not in module._modules)
+    return any(callable(getattr(module, name, None)) for name in found)
 
 
 def make_formula(kind: type[couplings.Coupling], **options: Any) -> couplings.Coupling | None:

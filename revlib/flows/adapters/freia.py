@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from revlib.flows.adapters.couplings import (
     LibraryCoupling,
     See,
     channels,
+    has_functions,
     is_plain,
     make_formula,
 )
@@ -119,6 +121,8 @@ def make_layer(module: nn.Module) -> FlowLayer:
     if kind in SEVERAL_TENSORS:
         raise ValueError(f"modules must go from one tensor to one tensor; {kind} does not")
     check_one_condition(module.dims_c)
+    if has_functions(module, "subnet", *chain(*TWO_SIDED.get(kind, ()))):
+        return Called(module, run)
     if is_plain(module, *TWO_SIDED):
         halves = slice(module.split_len1), slice(module.split_len1, None)
         sides = enumerate(zip(TWO_SIDED[kind], halves, strict=True))
@@ -202,6 +206,10 @@ class Mixing(FlowLayer):
         self._parameters = block._parameters
         self._block = (block,)
         self.before = before
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self._block[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.mix(x, inverse=False)

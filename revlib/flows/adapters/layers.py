@@ -44,6 +44,10 @@ class Called(FlowLayer):
         self._run = run
 
     @property
+    def stands_for(self) -> nn.Module:
+        return self.module
+
+    @property
     def contract(self) -> type[FlowLayer]:
         return type(self)
 
@@ -83,6 +87,10 @@ class Steps(FlowLayer):
         self.can_be_exact = all(step.can_be_exact for step in steps)
         for step in steps:
             step.can_be_exact = self.can_be_exact
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self.module
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         log_dets = []
@@ -128,6 +136,10 @@ class Part(nn.Module):
     def __init__(self, layer: FlowLayer, *key: object) -> None:
         super().__init__()
         self._key = (layer, *key)
+
+    @property
+    def stands_for(self) -> nn.Module:
+        return self._key[0]
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other._key == self._key

@@ -13,6 +13,7 @@ from revlib.evaluate import Evaluate
 from revlib.flows.adapters.couplings import (
     FusedCoupling,
     LibraryCoupling,
+    has_functions,
     is_plain,
     make_formula,
 )
@@ -113,6 +114,8 @@ def make_coupling(module: nn.Module, *, flip: bool = False) -> FlowLayer:
     if isinstance(getattr(module, "tails", None), list | tuple):
         # Such splines make 0 of all that is beyond their bound, whatever it was.
         return Called(module, run, flip=flip, cheap_inverse=False)
+    if has_functions(module, "transform_net"):
+        return Called(module, run, flip=flip)
     coupling = make_fused(module, flip=flip) or LibraryCoupling(
         module, ["transform_net"], see_kept, run_coupling, flip=flip
     )
