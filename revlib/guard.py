@@ -142,7 +142,11 @@ def spread(x: Tensor, n_streams: int) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """Returns the size of the largest value; NaN if one is."""
-    return torch.linalg.vector_norm(x.detach(), torch.inf)
+    if x.is_complex():
+        return x.detach().abs().amax()
+    # On a CPU in a tenth of the time that a norm takes.
+    low, high = torch.aminmax(x.detach())
+    return torch.maximum(high, -low)
 
 
 def relative_error(true: Tensor, values: Tensor, size: Tensor) -> Tensor:
