@@ -164,9 +164,10 @@ def write_report(
 
 def draw(title: str, comparison: Comparison) -> Figure:
     """Draws memory against depth, and accuracy beside it."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    accuracies = 1.5 * len(comparison.trained)
+    figure = Figure(figsize=(6 + accuracies, 4), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=INK, weight="bold")
-    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    left, right = figure.subplots(1, 2, width_ratios=[6, accuracies])
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb")
