@@ -1,10 +1,10 @@
-"""RevNet-38 and its twin ResNet-32 on CIFAR-10: accuracy, memory and time, side by side.
+"""RevNet-38, its twin ResNet-32 and an i-RevNet on CIFAR-10: accuracy, memory and time.
 
 Run:    python -m benchmarks.cifar10 --data cifar10.npz
 
 The file holds `x_train, y_train, x_test, y_test` as Keras writes them. The defaults take about
-half an hour on two cores: a subset and a few epochs. Each run is kept below `--out`, so that
-the same command goes on where it was stopped. With a GPU there is time for all of it:
+three quarters of an hour on two cores: a subset and a few epochs. Each run is kept below
+`--out`, so that the same command goes on where it was stopped. With a GPU there is time for all:
 
         python -m benchmarks.cifar10 --data cifar10.npz --train-images 50000 \\
             --test-images 10000 --epochs 160 --batch-size 128 --mixed-precision bf16
@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from benchmarks.twins import compare, progress_bars
+from benchmarks.twins import CONTENDERS, compare, progress_bars
 from benchmarks.twins_report import result_table, write_report
 from revlib.train import InputError, Settings
 from revlib.train.sources import read_npz
 
-TITLE = "RevNet-38 and its twin ResNet-32 on CIFAR-10"
+TITLE = "ResNet-32, RevNet-38 and i-RevNet-34 on CIFAR-10"
 SOURCE = (
     "CIFAR-10 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009), "
     "the first images of each part"
@@ -45,7 +45,7 @@ def main() -> None:
             mixed_precision=options.mixed_precision,
         )
         with progress_bars(console) as progress:
-            comparison = compare(settings, range(options.seeds), progress)
+            comparison = compare(settings, range(options.seeds), progress, CONTENDERS)
     except KeyboardInterrupt:
         console.print("Stopped; the same command goes on from here.")
         sys.exit(130)

@@ -1,17 +1,18 @@
 """RevNet-38 against its twin ResNet-32: trained alike, and measured on the step they trained by.
 
-Accuracy, memory and time come from three passes. Training goes through `revlib.train`, with
-the same settings for both and their runs in turn. Memory is counted to the byte, at three
-depths. Time is taken over rounds in which every contender steps once, so that a busy moment
-of the machine meets all of them.
+An i-RevNet of their size can join them. Accuracy, memory and time come from three passes.
+Training goes through `revlib.train`, with the same settings for all and their runs in turn.
+Memory is counted to the byte, at three depths. Time is taken over rounds in which every contender
+steps once, so that a busy moment of the machine meets all of them.
 """
 
 import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from rich import progress as bars
@@ -20,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from revlib.autograd import Policy
 from revlib.memory import measure_step
-from revlib.models import ResNet, RevNet
+from revlib.models import IRevNet, ResNet, RevNet, irevnet34
 from revlib.train import Images, Progress, Settings, load_data, train
 
 ROUNDS = 30
@@ -34,18 +36,16 @@ class Contender:
     Args:
         label: What people call it.
         name: What `revlib.models` calls it.
-        model: Its class.
-        widths: The channels of the stem and of each stage.
+        make: Builds it, from the blocks per stage and the images.
         units: The blocks per stage, by the number of layers; its own, then those of deeper ones.
-        options: What else its class is given.
+        trained: Whether its accuracy is measured, too.
     """
 
     label: str
     name: str
-    model: type[ResNet | RevNet]
-    widths: tuple[int, ...]
-    units: Mapping[int, int]
-    options: Mapping[str, str] = field(default_factory=dict)
+    make: Callable[[Sequence[int], Images], nn.Module]
+    units: Mapping[int, Sequence[int]]
+    trained: bool = True
 
     @property
     def layers(self) -> int:
@@ -53,20 +53,40 @@ class Contender:
 
     def build(self, images: Images, layers: int | None = None) -> nn.Module:
         """Builds it for these images, with its own number of layers or a deeper one's."""
-        return self.model(
-            (self.units[layers or self.layers],) * 3,
-            self.widths,
-            num_classes=images.classes,
-            in_channels=images.x_train.shape[1],
-            **self.options,
-        )
+        return self.make(self.units[layers or self.layers], images)
 
 
-RESNET = Contender("ResNet-32", "resnet32", ResNet, (16, 16, 32, 64), {32: 5, 110: 18, 218: 36})
-REVNET = Contender("RevNet-38", "revnet38", RevNet, (32, 32, 64, 112), {38: 3, 110: 9, 218: 18})
-STORED = replace(REVNET, label="RevNet-38 stored", options={"policy": "store"})
-CONTENDERS = (RESNET, STORED, REVNET)
-TRAINED = (RESNET, REVNET)
+def resnet(units: Sequence[int], images: Images) -> ResNet:
+    channels = images.x_train.shape[1]
+    return ResNet(units, (16, 16, 32, 64), num_classes=images.classes, in_channels=channels)
+
+
+def revnet(units: Sequence[int], images: Images, policy: Policy = "rebuild") -> RevNet:
+    channels = images.x_train.shape[1]
+    return RevNet(
+        units,
+        (32, 32, 64, 112),
+        num_classes=images.classes,
+        in_channels=channels,
+        policy=policy,
+    )
+
+
+def irevnet(units: Sequence[int], images: Images) -> IRevNet:
+    shape = tuple(images.x_train.shape[1:])
+    return irevnet34(units=units, image_shape=shape, num_classes=images.classes)
+
+
+RESNET = Contender("ResNet-32", "resnet32", resnet, {32: (5,) * 3, 110: (18,) * 3, 218: (36,) * 3})
+REVNET = Contender("RevNet-38", "revnet38", revnet, {38: (3,) * 3, 110: (9,) * 3, 218: (18,) * 3})
+STORED = replace(
+    REVNET, label="RevNet-38 stored", make=partial(revnet, policy="store"), trained=False
+)
+IREVNET = Contender(
+    "i-RevNet-34", "irevnet34", irevnet, {34: (7, 4), 109: (23, 13), 217: (46, 26)}
+)
+TWINS = (RESNET, STORED, REVNET)
+CONTENDERS = (*TWINS, IREVNET)
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,15 @@ class Comparison:
     peak_bytes: Mapping[str, Mapping[int, int]]
     step_seconds: Mapping[str, Sequence[float]]
 
+    @property
+    def contenders(self) -> list[Contender]:
+        """Those that were compared."""
+        return [each for each in CONTENDERS if each.label in self.step_seconds]
+
+    @property
+    def trained(self) -> list[Contender]:
+        return [each for each in self.contenders if each.trained]
+
     def runs_of(self, contender: Contender) -> list[Run]:
         return [run for run in self.runs if run.label == contender.label]
 
@@ -139,22 +168,28 @@ def progress_bars(console: Console) -> bars.Progress:
     )
 
 
-def compare(settings: Settings, seeds: Iterable[int], progress: bars.Progress) -> Comparison:
-    """Trains the twins with every seed, and measures their memory and time.
+def compare(
+    settings: Settings,
+    seeds: Iterable[int],
+    progress: bars.Progress,
+    contenders: Sequence[Contender] = TWINS,
+) -> Comparison:
+    """Trains the contenders with every seed, and measures their memory and time.
 
     Args:
-        settings: What both are trained with; runs below `settings.out` are gone on with.
-        seeds: Both are trained with each.
+        settings: What all are trained with; runs below `settings.out` are gone on with.
+        seeds: All are trained with each.
         progress: Shows a bar for each pass.
+        contenders: Some of `CONTENDERS`, the twins among them.
     """
     images = load_data(settings.data)
-    models = {contender.label: contender.build(images) for contender in CONTENDERS}
+    models = {contender.label: contender.build(images) for contender in contenders}
     return Comparison(
         settings=settings,
         train_images=len(images.x_train),
         test_images=len(images.x_test),
         image_shape=images.x_train.shape[1:],
-        runs=train_twins(settings, seeds, progress),
+        runs=train_all(settings, seeds, progress, contenders),
         parameters={
             label: sum(parameter.numel() for parameter in model.parameters())
             for label, model in models.items()
@@ -162,14 +197,19 @@ def compare(settings: Settings, seeds: Iterable[int], progress: bars.Progress) -
         multiply_adds={
             label: count_multiply_adds(model, images) for label, model in models.items()
         },
-        peak_bytes=measure_memory(settings, images, progress),
-        step_seconds=measure_time(settings, images, progress),
+        peak_bytes=measure_memory(settings, images, progress, contenders),
+        step_seconds=measure_time(settings, images, progress, contenders),
     )
 
 
-def train_twins(settings: Settings, seeds: Iterable[int], progress: bars.Progress) -> list[Run]:
-    """Trains both twins with each seed, every run in a folder of its own."""
-    plan = [(contender, seed) for seed in seeds for contender in TRAINED]
+def train_all(
+    settings: Settings,
+    seeds: Iterable[int],
+    progress: bars.Progress,
+    contenders: Sequence[Contender],
+) -> list[Run]:
+    """Trains the contenders with each seed, every run in a folder of its own."""
+    plan = [(each, seed) for seed in seeds for each in contenders if each.trained]
     bar = progress.add_task("train", total=len(plan), now="")
     runs: list[Run] = []
 
@@ -220,12 +260,15 @@ class TrainingStep:
 
 
 def measure_memory(
-    settings: Settings, images: Images, progress: bars.Progress
+    settings: Settings,
+    images: Images,
+    progress: bars.Progress,
+    contenders: Sequence[Contender],
 ) -> dict[str, dict[int, int]]:
     """Returns the peak activation bytes of a step, by contender and number of layers."""
-    bar = progress.add_task("memory", total=3 * len(CONTENDERS), now="")
-    peak_bytes: dict[str, dict[int, int]] = {each.label: {} for each in CONTENDERS}
-    for contender in CONTENDERS:
+    bar = progress.add_task("memory", total=3 * len(contenders), now="")
+    peak_bytes: dict[str, dict[int, int]] = {each.label: {} for each in contenders}
+    for contender in contenders:
         for layers in contender.units:
             progress.update(bar, now=f"{contender.label}, {layers} layers")
             step = TrainingStep(contender.build(images, layers), images, settings)
@@ -238,11 +281,14 @@ def measure_memory(
 
 
 def measure_time(
-    settings: Settings, images: Images, progress: bars.Progress
+    settings: Settings,
+    images: Images,
+    progress: bars.Progress,
+    contenders: Sequence[Contender],
 ) -> dict[str, list[float]]:
     """Returns the seconds of a step in each round, by contender."""
     bar = progress.add_task("time", total=ROUNDS, now=f"{ROUNDS} rounds")
-    steps = {each.label: TrainingStep(each.build(images), images, settings) for each in CONTENDERS}
+    steps = {each.label: TrainingStep(each.build(images), images, settings) for each in contenders}
     seconds: dict[str, list[float]] = {label: [] for label in steps}
     for step in steps.values():
         step()

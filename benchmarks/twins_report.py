@@ -14,10 +14,15 @@ from rich import box
 from rich.table import Table
 
 import revlib
-from benchmarks.twins import CONTENDERS, RESNET, REVNET, STORED, TRAINED, Comparison, Contender
+from benchmarks.twins import IREVNET, RESNET, REVNET, STORED, Comparison, Contender
 from revlib.memory import MIB
 
-COLORS = {RESNET.label: "#7d838c", STORED.label: "#86b9dd", REVNET.label: "#0864ab"}
+COLORS = {
+    RESNET.label: "#7d838c",
+    STORED.label: "#86b9dd",
+    REVNET.label: "#0864ab",
+    IREVNET.label: "#c2570c",
+}
 INK = "#2b2f36"
 SHARED_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "augment", "mixed_precision")
 NOTE = f"""\
@@ -57,8 +62,21 @@ def describe_training(source: str, comparison: Comparison) -> str:
 
 
 def describe_outcome(comparison: Comparison) -> str:
+    outcome = describe_twins(comparison)
+    if IREVNET not in comparison.contenders:
+        return outcome
+    peaks = [peak / MIB for peak in comparison.peak_bytes[IREVNET.label].values()]
+    return (
+        f"{outcome} The i-RevNet's activations peak at {peaks[0]:.1f} MiB with {IREVNET.layers} "
+        f"layers and at {peaks[-1]:.1f} MiB with {max(IREVNET.units)}; a step of "
+        f"{IREVNET.label} takes {comparison.time_ratio(IREVNET, RESNET):.2f} times as long as one "
+        f"of {RESNET.label}."
+    )
+
+
+def describe_twins(comparison: Comparison) -> str:
     depth = max(REVNET.units)
-    resnet, revnet = (comparison.peak_bytes[each.label][depth] for each in TRAINED)
+    resnet, revnet = (comparison.peak_bytes[each.label][depth] for each in (RESNET, REVNET))
     over_resnet, over_stored = (comparison.time_ratio(REVNET, base) for base in (RESNET, STORED))
     return (
         f"With {depth} layers the RevNet's activations peak at {revnet / MIB:.1f} MiB and the "
@@ -75,7 +93,7 @@ def rows(comparison: Comparison) -> Iterator[list[str]]:
         return comparison.peak_bytes[contender.label][layers] / MIB
 
     def row(name: str, value: Callable[[Contender], str]) -> list[str]:
-        return [name, *map(value, CONTENDERS)]
+        return [name, *map(value, comparison.contenders)]
 
     yield row("parameters", lambda each: f"{comparison.parameters[each.label]:,}")
     yield row(
@@ -84,11 +102,11 @@ def rows(comparison: Comparison) -> Iterator[list[str]]:
     )
     yield row(
         "test accuracy",
-        lambda each: _percent(*comparison.accuracy(each)) if each in TRAINED else "not measured",
+        lambda each: _percent(*comparison.accuracy(each)) if each.trained else "not measured",
     )
     yield row("peak activations, MiB", lambda each: "")
-    for depths in zip(*(each.units for each in CONTENDERS), strict=True):
-        peaks = map(peak_mebibytes, CONTENDERS, depths)
+    for depths in zip(*(each.units for each in comparison.contenders), strict=True):
+        peaks = map(peak_mebibytes, comparison.contenders, depths)
         yield [f"  {'/'.join(map(str, sorted(set(depths))))} layers", *map("{:.1f}".format, peaks)]
     yield row("ms per step", lambda each: f"{1000 * comparison.median_seconds(each):.1f}")
     yield row("  over ResNet-32", lambda each: f"{comparison.time_ratio(each, RESNET):.2f} x")
@@ -101,9 +119,9 @@ def result_table(comparison: Comparison) -> Table:
     """Lays the figures out for a terminal of 80 columns or more."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for contender in CONTENDERS:
+    for contender in comparison.contenders:
         style = "bold" if contender is REVNET else None
-        table.add_column(contender.label, justify="right", no_wrap=True, style=style)
+        table.add_column(contender.label, justify="right", style=style)
     for row in rows(comparison):
         table.add_row(*row)
     return table
@@ -124,8 +142,8 @@ def write_report(
     made_by = {"command": command, **environment()}
     draw(title, comparison).savefig(png, dpi=160)
 
-    table = [["", *(contender.label for contender in CONTENDERS)]]
-    table += [["---", *["---:"] * len(CONTENDERS)], *rows(comparison)]
+    table = [["", *(contender.label for contender in comparison.contenders)]]
+    table += [["---", *["---:"] * len(comparison.contenders)], *rows(comparison)]
     paragraphs = [
         f"# {title}",
         describe_outcome(comparison),
@@ -146,9 +164,10 @@ def write_report(
 
 def draw(title: str, comparison: Comparison) -> Figure:
     """Draws memory against depth, and accuracy beside it."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    accuracies = 1.5 * len(comparison.trained)
+    figure = Figure(figsize=(6 + accuracies, 4), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", color=INK, weight="bold")
-    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    left, right = figure.subplots(1, 2, width_ratios=[6, accuracies])
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb")
@@ -159,7 +178,7 @@ def draw(title: str, comparison: Comparison) -> Figure:
 
 
 def _draw_memory(axes: Axes, comparison: Comparison) -> None:
-    for contender in CONTENDERS:
+    for contender in comparison.contenders:
         peaks = comparison.peak_bytes[contender.label]
         mebibytes = [peak / MIB for peak in peaks.values()]
         axes.plot(
@@ -179,15 +198,17 @@ def _draw_memory(axes: Axes, comparison: Comparison) -> None:
 
 
 def _draw_accuracy(axes: Axes, comparison: Comparison) -> None:
-    for position, contender in enumerate(TRAINED):
+    for position, contender in enumerate(comparison.trained):
         color = COLORS[contender.label]
         for run in comparison.runs_of(contender):
             axes.plot(position, 100 * run.test_accuracy[-1], "o", color=color, alpha=0.4)
         mean, error = comparison.accuracy(contender)
         axes.errorbar(position, 100 * mean, 100 * error, color=color, capsize=8, fmt="_", ms=24)
-    labels = [f"{each.label}\n{_percent(*comparison.accuracy(each))}" for each in TRAINED]
-    axes.set_xticks(range(len(TRAINED)), labels, color=INK)
-    axes.set_xlim(-0.6, len(TRAINED) - 0.4)
+    labels = [
+        f"{each.label}\n{_percent(*comparison.accuracy(each))}" for each in comparison.trained
+    ]
+    axes.set_xticks(range(len(comparison.trained)), labels, color=INK)
+    axes.set_xlim(-0.6, len(comparison.trained) - 0.4)
     # Wide enough that a difference within the error looks like one.
     final = [100 * run.test_accuracy[-1] for run in comparison.runs]
     axes.set_ylim(min(final) - 1.5, min(max(final) + 1.5, 100))

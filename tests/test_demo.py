@@ -18,7 +18,8 @@ from rich.console import Console
 
 import revlib
 from benchmarks import demo, demo_flows, twins
-from benchmarks.twins import RESNET, REVNET, STORED, Comparison, Run
+from benchmarks.twins import CONTENDERS, RESNET, REVNET, STORED, TWINS, Comparison, Run
+from benchmarks.twins_report import describe_outcome, result_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,10 +44,37 @@ def test_time_ratio_pairs_the_steps_of_a_round(comparison):
 
 def test_twins_are_the_models_that_are_trained():
     images = SimpleNamespace(classes=10, x_train=torch.zeros(1, 3, 32, 32))
-    for contender in twins.TRAINED:
+    for contender in (each for each in CONTENDERS if each.trained):
         trained = revlib.models.create_model(contender.name)
 
         assert str(contender.build(images)) == str(trained)
+
+
+@pytest.fixture
+def with_irevnet():
+    labels = [each.label for each in CONTENDERS]
+    seconds = dict.fromkeys(labels, (0.3, 0.3))
+    runs = [Run(label, seed, 1.0, [0.5]) for label in labels for seed in (0, 1)]
+    counts = dict.fromkeys(labels, 464_154)
+    peaks = {each.label: dict.fromkeys(each.units, 2**30) for each in CONTENDERS}
+    return Comparison(None, 0, 0, (3, 32, 32), runs, counts, counts, peaks, seconds)
+
+
+def test_all_contenders_fit_in_80_columns(with_irevnet):
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    console.print(result_table(with_irevnet))
+    shown = console.file.getvalue()
+
+    assert "i-RevNet-34" in shown
+    assert "…" not in shown
+
+
+def test_outcome_names_the_irevnet_where_it_takes_part(with_irevnet):
+    twins_alone = {twin.label: with_irevnet.step_seconds[twin.label] for twin in TWINS}
+    without = replace(with_irevnet, step_seconds=twins_alone)
+
+    assert "i-RevNet" in describe_outcome(with_irevnet)
+    assert "i-RevNet" not in describe_outcome(without)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from revlib import SwapCoupling
 from revlib.memory import measure_step
-from revlib.models import IRevNet, create_model, irevnet_a, irevnet_b, irevnet_state_dict
+from revlib.models import (
+    IRevNet,
+    create_model,
+    irevnet34,
+    irevnet_a,
+    irevnet_b,
+    irevnet_state_dict,
+)
 
 IMAGENET = {"num_classes": 1000, "image_shape": (3, 224, 224)}
 STEP = 2.0**-12
@@ -49,6 +56,7 @@ both_kinds = pytest.mark.parametrize("kind", ["a", "b"])
         (irevnet_a, IMAGENET, 199.034),
         (irevnet_a, {}, 6.275),
         (irevnet_b, {}, 4.726),
+        (irevnet34, {}, 0.467),
     ],
 )
 def test_parameters(build, options, millions):
@@ -64,6 +72,8 @@ def test_parameters(build, options, millions):
     [
         (irevnet_a, (3, 32, 32), (512, 8, 8)),
         (irevnet_a, (1, 28, 28), (512, 7, 7)),
+        (irevnet34, (3, 32, 32), (128, 8, 8)),
+        (irevnet34, (1, 28, 28), (128, 7, 7)),
         (irevnet_a, (3, 224, 224), (6144, 7, 7)),
         (irevnet_a, (1, 64, 96), (6144, 2, 3)),
         (irevnet_b, (3, 32, 32), (192, 4, 4)),

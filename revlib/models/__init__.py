@@ -19,6 +19,7 @@ __all__ = [
     "ResNet",
     "RevNet",
     "create_model",
+    "irevnet34",
     "irevnet_a",
     "irevnet_b",
     "irevnet_state_dict",
@@ -100,6 +101,16 @@ def revnet104(**options: Any) -> RevNet:
     )
 
 
+def irevnet34(*, image_shape: tuple[int, int, int] = (3, 32, 32), **options: Any) -> IRevNet:
+    """Builds i-RevNet-34, of 0.47 million parameters; beside RevNet-38 and ResNet-32.
+
+    It is no network of the paper: an injective one, of streams of 16 and 64 channels.
+    """
+    sizes = {"units": (7, 4), "strides": (1, 2), "squeeze": 2, "bottleneck": 1}
+    padding = 32 - 4 * image_shape[0]
+    return IRevNet(image_shape=image_shape, **{**sizes, "padding": padding, **options})
+
+
 def irevnet_a(*, image_shape: tuple[int, int, int] = (3, 32, 32), **options: Any) -> IRevNet:
     """Builds the injective i-RevNet, whose input is padded to be wider than the image.
 
@@ -144,6 +155,7 @@ _BUILDERS = {
         revnet164,
         revnet1001,
         revnet104,
+        irevnet34,
         irevnet_a,
         irevnet_b,
     )
