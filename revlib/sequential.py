@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Self, get_args
 
+import torch
 from torch import Tensor, nn
 
 from revlib.autograd import Leg, Outcome, Policy, is_altered, make_leg, run_chain
@@ -277,8 +278,9 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         latents: Sequence[Tensor] = (),
     ) -> Outcome:
         self._refuse_sharded_blocks()
-        self._guard.look()
-        self._guard.chain = f"{type(self).__name__} of {len(self)} blocks"
+        if not torch.compiler.is_compiling():  # a traced graph must not write attributes
+            self._guard.look()
+            self._guard.chain = f"{type(self).__name__} of {len(self)} blocks"
         outcome = run_chain(legs, x, context, latents, exact=self.exact, guard=self._guard)
         # An exported graph must not write attributes.
         if outcome.state_bytes != self.replay_state_bytes:

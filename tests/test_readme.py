@@ -97,6 +97,7 @@ def test_the_examples_of_the_page_on_exactness_run_in_order_and_print_what_it_sa
         assert line.startswith(promised) or promised.endswith("or so")
 
 
+@pytest.mark.slow  # the results do not go where the tests of the installed package run
 def test_the_errors_on_the_page_on_exactness_are_those_of_its_results():
     page = EXACTNESS.read_text()
     path = re.search(r"\[All tables\]\(\.\./(.*?)\.md\)", page)[1]
