@@ -522,6 +522,7 @@ def test_transforms_of_torch_func_are_refused():
         torch.func.vmap(chain)(torch.zeros(2, 1, 4, 4, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("name", ["conv-batchnorm", "flow", "flow-multi-scale", "flow-nested"])
 def test_kernels_change_nothing_of_it(name, direction):

@@ -250,6 +250,7 @@ def test_saved_bytes_are_those_of_the_features_at_any_depth(kind):
     assert {measure(kind, depth)[0] for depth in (2, 5, 9)} == {features + guard + beside}
 
 
+@pytest.mark.slow
 @both_kinds
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_peak_does_not_grow_with_depth(kind, inverse):

@@ -93,6 +93,7 @@ def test_any_layout_gives_the_same(shape, state_layout, layout, direction, devic
     check_backward(direction, inputs)
 
 
+@pytest.mark.slow
 @both_dtypes
 def test_layers_are_undone_bit_for_bit(dtype, device):
     x, *_ = draw((3, 2, 7), dtype, device)
@@ -111,6 +112,7 @@ def test_layers_are_undone_bit_for_bit(dtype, device):
     assert torch.equal(y, x) and not torch.equal(moved, x) and (state == 2**15).all()
 
 
+@pytest.mark.slow
 @each_direction
 @both_formats
 @both_dtypes

@@ -174,6 +174,7 @@ def test_empty_tensors(shape, direction, device):
     check(direction, *draw(shape, torch.float32, device))
 
 
+@pytest.mark.slow
 @each_direction
 @pytest.mark.parametrize("channels", [64, 65])
 def test_more_channels_than_a_tile_has_run_in_plain_pytorch(channels, direction, device):
