@@ -31,8 +31,7 @@ from revlib.streams import (
     enter,
     form_within,
     in_format,
-    in_layout,
-    layout_of,
+    in_order_of,
     leave,
     memory_format,
     settle,
@@ -416,10 +415,10 @@ class BlockFunction(torch.autograd.Function):
         if in_anomaly_mode():
             check_finite(leg.label, "what it returned", outputs)
         outputs, extra = _cut(outputs, node.form)
-        ctx.layouts = [None] * len(outputs)
+        ctx.order = ()
         if exact is not None:
             outputs = rounded(outputs, leg, exact)
-            ctx.layouts = list(map(layout_of, outputs))
+            ctx.order = tuple(map(memory_format, outputs))
         outputs = convert(outputs, node.form, node.form_out)
         # Inverted as a whole, a block may draw its numbers and read its buffers in another order.
         depends_on_order = any(e.rng is not None or e.priors for e in evaluate.evaluations)
@@ -476,7 +475,9 @@ class BlockFunction(torch.autograd.Function):
 
         gradients, extra = _cut(gradients, node.form_out)
         gradients = convert(gradients, node.form_out, node.form)
-        gradients = (*map(in_layout, gradients, ctx.layouts), *extra)
+        if ctx.order:
+            gradients = tuple(map(in_order_of, gradients, ctx.order))
+        gradients = (*gradients, *extra)
         with replaying(tape.exact, ctx.use, in_order=ctx.recompute):
             if ctx.recompute:
                 _, pullback = evaluate.vjp_streams(leg, (*node.enter(kept), *beside))

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 
 from revlib import functional, reference
 from revlib.dispatch import gradient_is_recorded
-from revlib.streams import Streams, in_layout, layout_of
+from revlib.streams import Streams, in_order_of, memory_format
 
 # The grid is the multiples of 2**-bits. What the mantissa holds beside them is the range.
 BITS = {torch.float32: 12, torch.float64: 32}
@@ -309,12 +309,12 @@ class LayoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *streams: Tensor) -> Streams:
-        ctx.layouts = list(map(layout_of, streams))
+        ctx.formats = list(map(memory_format, streams))
         return streams
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Streams:
-        return tuple(map(in_layout, gradients, ctx.layouts))
+        return tuple(map(in_order_of, gradients, ctx.formats))
 
 
 class WatchFunction(torch.autograd.Function):

@@ -101,6 +101,11 @@ def in_layout(x: Tensor, layout: tuple[int, ...] | None) -> Tensor:
     return torch.empty_strided(x.shape, layout, dtype=x.dtype, device=x.device).copy_(x)
 
 
+def in_order_of(x: Tensor, format: torch.memory_format) -> Tensor:
+    """Brings a tensor, or the half of one, into a memory format, if it is in another."""
+    return x if memory_format(x) == format else in_format(x, format)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Returns the memory format in which `x`, or the tensor it is a half of, is laid out."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
