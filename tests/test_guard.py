@@ -315,7 +315,7 @@ def test_a_value_that_is_not_finite_is_told_of_wherever_it_is(device):
     class OneInf(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y = torch.zeros_like(x)
-            y[5, 5] = torch.inf
+            y[5, 6] = torch.inf  # no place that the sample looks at
             return y
 
     class Cleaning(nn.Module):
