@@ -147,7 +147,8 @@ def run_chain(
     if not exact:
         if keeps_all:
             return _run_storing(legs, streams, entry, context, latents, None)
-        return _run_rebuilding(legs, streams, entry, context, latents, Tape(None, guard))
+        tape = Tape(None, guard, Autocast.current(streams[0].device))
+        return _run_rebuilding(legs, streams, entry, context, latents, tape)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("torch.func transforms take no exact chain; use exact=False")
     traced = not torch.is_grad_enabled() or torch.compiler.is_exporting()
@@ -179,7 +180,8 @@ def _run_exactly(
     if keeps_all:
         outcome = _run_storing(legs, streams, entry, context, latents, exact)
     else:
-        outcome = _run_rebuilding(legs, streams, entry, context, latents, Tape(exact, guard))
+        tape = Tape(exact, guard, Autocast.current(streams[0].device))
+        outcome = _run_rebuilding(legs, streams, entry, context, latents, tape)
     streams, _ = enter(outcome.stream)
     beside = [t for extra in outcome.extras for t in extra if t is not None]
     leaving = iter(exact.leave((*streams, *beside)))
@@ -355,6 +357,7 @@ class Tape:
     Attributes:
         exact: The chain's exact arithmetic, with the state at this point; None for that of floats.
         guard: What compares the stream with what it was.
+        autocast: The autocast state that the forward pass ran under.
         streams: The stream.
         state_bytes: The bytes of replay state that all nodes keep.
         context_gradient: The context's gradient so far in this backward pass. The node that begins
@@ -363,6 +366,7 @@ class Tape:
 
     exact: Exact | None
     guard: Guard | None
+    autocast: Autocast
     streams: Streams | None = None
     state_bytes: int = 0
     context_gradient: Tensor | None = None
@@ -421,8 +425,9 @@ class BlockFunction(torch.autograd.Function):
             ctx.order = tuple(map(memory_format, outputs))
         outputs = convert(outputs, node.form, node.form_out)
         # Inverted as a whole, a block may draw its numbers and read its buffers in another order.
-        depends_on_order = any(e.rng is not None or e.priors for e in evaluate.evaluations)
-        ctx.recompute = leg.policy == "recompute" or (leg.whole and depends_on_order)
+        ctx.recompute = leg.policy == "recompute" or (
+            leg.whole and any(e.rng is not None or e.priors for e in evaluate.evaluations)
+        )
         kept, beside = (), extra[1:]
         if ctx.recompute:
             kept, beside = arriving, latents
@@ -442,7 +447,6 @@ class BlockFunction(torch.autograd.Function):
         ctx.n_kept, ctx.n_beside = len(kept), len(beside)
         ctx.node, ctx.tape, ctx.parameters, ctx.use = node, tape, parameters, use
         ctx.evaluations = evaluate.evaluations
-        ctx.autocast = Autocast.current(arriving[0].device)
         tape.state_bytes += sum(e.state_bytes for e in evaluate.evaluations)
         return *outputs, *extra
 
@@ -467,7 +471,7 @@ class BlockFunction(torch.autograd.Function):
             ctx.parameters,
             context,
             leg.label,
-            ctx.autocast,
+            tape.autocast,
             in_order=ctx.recompute,
             exact=tape.exact,
         )

@@ -2,13 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node, _engine_run_backward, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import graph
@@ -39,46 +39,34 @@ def kind_of(module: nn.Module) -> str:
     return type(module).__name__
 
 
-class StandIn(nn.Module):
-    """Stands for something that a block computes: two for the same of one block are equal."""
+class Method(NamedTuple):
+    """A method of a block, to be evaluated as a sub-network is: calling it calls the method."""
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
+    block: "nn.Module | Method"
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self.block, self.name)(*args)
+
+    def inverse(self, *args: Any) -> Any:
+        """Undoes the call, where the method is the block's `inverse`."""
+        return self.block(*args)
 
     @property
-    def stands_for(self) -> nn.Module:
+    def stands_for(self) -> "nn.Module | Method":
         return self.block
 
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.block is self.block
 
-    def __hash__(self) -> int:
-        return hash((type(self), self.block))
-
-
-class Inverse(StandIn):
-    """Stands for a block called the other way round: calling it calls `block.inverse`."""
-
-    def forward(self, y: Tensor, *context: Tensor) -> Tensor:
-        return self.block.inverse(y, *context)
-
-    def inverse(self, x: Tensor, *context: Tensor) -> Tensor:
-        return self.block(x, *context)
+def owner_of(module: nn.Module | Method) -> nn.Module:
+    """Returns the module itself, or the block whose method it is."""
+    while isinstance(module, Method):
+        module = module.block
+    return module
 
 
-class Weights(StandIn):
-    """Stands for what a block makes of its own parameters: calling it calls `block.weights`."""
-
-    def forward(self) -> Streams:
-        return self.block.weights()
-
-
-class Factors(StandIn):
-    """Stands for the factors of a block's matrix: calling it calls `block.factors`."""
-
-    def forward(self) -> Streams:
-        return self.block.factors()
+def inverse_of(block: nn.Module | Method) -> Method:
+    """Returns a block to be called the other way round."""
+    return Method(block, "inverse")
 
 
 class Evaluate:
@@ -129,12 +117,12 @@ class Evaluate:
 
     def weights(self, block: nn.Module) -> Streams:
         """Returns `block.weights()`: what the block computes with beside its streams."""
-        return self._call(Weights(block), ())
+        return self._call(Method(block, "weights"), ())
 
     def factors(self, block: nn.Module) -> Streams:
         """Returns `block.factors()`: what exact arithmetic makes of those weights."""
         with torch.no_grad():
-            return self._call(Factors(block), ())
+            return self._call(Method(block, "factors"), ())
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         try:
@@ -170,7 +158,7 @@ class Record(Evaluate):
         self.evaluations: list[Evaluation] = []
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        parts = parts_of(module)
+        parts = parts_of(owner_of(module))
         device = _device(parts, args)
         rng = rng_states(device)
         parameters, buffers, scratch = [], [], []
@@ -245,9 +233,11 @@ class Replay(Evaluate):
         super().__init__(None if context is None else _leaf(context), label, exact)
         self.gradients: list[Tensor | None] = [None] * len(parameters)
         self.context_gradient: Tensor | None = None
-        # Parameters and the leaves that stand for them, to their place in `gradients`.
-        self._places = {parameter: place for place, parameter in enumerate(parameters)}
+        # By identity: parameters and the leaves that stand for them, to their place in `gradients`.
+        self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self._held: list[Tensor] = [*parameters]
         self._autocast = autocast
+        self._autocast_is_off = autocast.is_off()
         self._pending: dict[nn.Module, list[Evaluation]] = defaultdict(list)
         for evaluation in reversed(evaluations) if in_order else evaluations:
             self._pending[evaluation.module].append(evaluation)
@@ -297,23 +287,31 @@ class Replay(Evaluate):
         def pullback(gradients: Streams) -> Streams:
             live = [i for i, edge in enumerate(edges) if edge and gradients[i] is not None]
             leaves = self._reached_leaves([edges[i].node for i in live], born, streams)
-            found = dict.fromkeys((*streams, *leaves))
+            wanted = (*streams, *leaves)
+            found = (None,) * len(wanted)
             if live:
                 try:
-                    results = torch.autograd.grad(
-                        [edges[i] for i in live],
-                        list(found),
-                        [gradients[i].to(dtypes[i]) for i in live],
-                        allow_unused=True,
+                    # What torch.autograd.grad does, without the tenth of a millisecond
+                    # that it takes to look at its arguments.
+                    found = _engine_run_backward(
+                        tuple(edges[i] for i in live),
+                        tuple(gradients[i].to(dtypes[i]) for i in live),
+                        False,
+                        False,
+                        wanted,
+                        allow_unreachable=True,
+                        accumulate_grad=False,
                     )
                 except Exception as error:
                     with suppress(Exception):
                         error.add_note(f"{RAISED} {self.label}, going back through a sub-network")
                     raise
-                found.update(zip(found, results, strict=True))
-            for leaf in leaves:
-                self._collect(leaf, found[leaf])
-            return tuple(torch.zeros_like(x) if found[x] is None else found[x] for x in streams)
+            for leaf, gradient in zip(leaves, found[len(streams) :], strict=True):
+                self._collect(leaf, gradient)
+            return tuple(
+                torch.zeros_like(x) if dx is None else dx
+                for x, dx in zip(streams, found, strict=False)
+            )
 
         return tuple(None if v is None else v.detach() for v in values), pullback
 
@@ -322,7 +320,7 @@ class Replay(Evaluate):
         evaluation = self._pending[module][-1]
         args = (y,) if self.context is None else (y, self.context)
         with torch.no_grad(), self._as_the_first_time(evaluation, args):
-            return super()._call(Inverse(module), args)
+            return super()._call(inverse_of(module), args)
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         evaluation = self._pending[module].pop()
@@ -337,15 +335,20 @@ class Replay(Evaluate):
         self, evaluation: Evaluation, args: tuple[Any, ...]
     ) -> AbstractContextManager[None]:
         """Sets all that was otherwise the first time, which mostly is nothing."""
+        contexts = []
+        if evaluation.modes != [part.training for part in evaluation.parts]:
+            contexts.append(modes_set(evaluation.parts, evaluation.modes))
+        if substitutes := self._substitutes(evaluation):
+            contexts.append(tensors_set(substitutes))
+        if evaluation.rng is not None:
+            contexts.append(rng_set(_device(evaluation.parts, args), evaluation.rng))
+        if not self._autocast_is_off:
+            contexts.append(self._autocast.restored())
+        if not contexts:
+            return nullcontext()
         with ExitStack() as stack:
-            if evaluation.modes != [part.training for part in evaluation.parts]:
-                stack.enter_context(modes_set(evaluation.parts, evaluation.modes))
-            if substitutes := self._substitutes(evaluation):
-                stack.enter_context(tensors_set(substitutes))
-            if evaluation.rng is not None:
-                stack.enter_context(rng_set(_device(evaluation.parts, args), evaluation.rng))
-            if not self._autocast.is_off():
-                stack.enter_context(self._autocast.restored())
+            for context in contexts:
+                stack.enter_context(context)
             return stack.pop_all()
 
     def _substitutes(self, evaluation: Evaluation) -> list[tuple[Slot, Tensor]]:
@@ -353,9 +356,10 @@ class Replay(Evaluate):
         found = [
             (slot, slot.tensor.clone()) for slot in evaluation.scratch if slot.tensor is not None
         ]
-        priors = {slot.tensor for slot in evaluation.priors} - {None}
-        copies = {prior: prior.clone() for prior in priors}
-        found += [(slot, copies.get(slot.tensor)) for slot in evaluation.priors]
+        if evaluation.priors:
+            priors = {slot.tensor for slot in evaluation.priors} - {None}
+            copies = {prior: prior.clone() for prior in priors}
+            found += [(slot, copies.get(slot.tensor)) for slot in evaluation.priors]
         found += [(slot, slot.tensor) for slot in evaluation.constants if not slot.is_untouched()]
         stand_ins = {}
         places = ((part._parameters, key) for part in evaluation.parts for key in part._parameters)
@@ -370,14 +374,18 @@ class Replay(Evaluate):
                 stand_ins[parameter] = _leaf(parameter)
             found.append((Slot(holder, key, parameter), stand_ins.get(parameter)))
         for parameter, stand_in in stand_ins.items():
-            if parameter in self._places:
-                self._places[stand_in] = self._places[parameter]
+            if id(parameter) in self._places:
+                self._places[id(stand_in)] = self._places[id(parameter)]
+                self._held.append(stand_in)
         return found
 
     def _reached_leaves(self, roots: list[Node], born: range, streams: Streams) -> list[Tensor]:
         leaves, older = graph.reached(roots, born)
-        known = {*streams, *self._places, self.context}
-        strangers = [leaf for leaf in leaves if leaf not in known]
+        ours = set(map(id, streams))
+        leaves = [leaf for leaf in leaves if id(leaf) not in ours]
+        strangers = [
+            leaf for leaf in leaves if id(leaf) not in self._places and leaf is not self.context
+        ]
         if strangers or older:
             what = f"of shape {tuple(strangers[0].shape)}" if strangers else older[0].name()
             raise RuntimeError(
@@ -391,8 +399,8 @@ class Replay(Evaluate):
     def _collect(self, leaf: Tensor, gradient: Tensor | None) -> None:
         if leaf is self.context:
             self.context_gradient = _sum(self.context_gradient, gradient)
-        elif leaf in self._places:
-            place = self._places[leaf]
+        else:
+            place = self._places[id(leaf)]
             self.gradients[place] = _sum(self.gradients[place], gradient)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revlib.evaluate import Evaluate, Inverse, Replay
+from revlib.evaluate import Evaluate, Replay, inverse_of
 from revlib.streams import Form, Streams
 
 
@@ -94,7 +94,7 @@ class InvertibleModule(nn.Module):
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         """Runs the inverse direction on streams in the block's own form."""
-        return (evaluate(Inverse(self), *streams),)
+        return (evaluate(inverse_of(self), *streams),)
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
@@ -116,7 +116,7 @@ class InvertibleModule(nn.Module):
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
         """Steps back through the inverse direction, like `backward_streams`."""
-        return _step_back(Inverse(self), outputs, gradients, evaluate)
+        return _step_back(inverse_of(self), outputs, gradients, evaluate)
 
 
 def _step_back(

@@ -71,7 +71,7 @@ def settle(streams: Streams) -> Streams:
     A kernel may round differently on a strided half and on its dense copy, so both
     evaluations of a sub-network must see the same layout.
     """
-    return tuple(in_format(x, memory_format(x)) for x in streams)
+    return tuple([x if x.is_contiguous() else in_format(x, memory_format(x)) for x in streams])
 
 
 def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:

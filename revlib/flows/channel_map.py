@@ -46,7 +46,7 @@ class ChannelMap(FlowLayer):
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
             return self._map_exactly(x, matrix, bias, log_abs_det, evaluate, inverse=False)
-        return shifted(mapped(x, matrix), bias), zeros(x) + space(x) * log_abs_det
+        return mapped(x, matrix, bias), zeros(x) + space(x) * log_abs_det
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
@@ -54,9 +54,7 @@ class ChannelMap(FlowLayer):
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
             return self._map_exactly(y, matrix, bias, log_abs_det, evaluate, inverse=True)
-        inverse = inverted(matrix)
-        x = shifted(mapped(y, inverse), unshifted(inverse, bias))
-        return x, zeros(y) - space(y) * log_abs_det
+        return mapped(y, *inverted(matrix, bias)), zeros(y) - space(y) * log_abs_det
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
@@ -67,8 +65,7 @@ class ChannelMap(FlowLayer):
             factors = evaluate.factors(self)
             x, _ = evaluate.exact.channel_map(y, factors, evaluate.label, inverse=True)
         else:
-            inverse = inverted(matrix)
-            x = shifted(mapped(y, inverse), unshifted(inverse, bias))
+            x = mapped(y, *inverted(matrix, bias))
         dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
         pullback(dweights)
         return (x,), (dx,)
@@ -82,7 +79,7 @@ class ChannelMap(FlowLayer):
             factors = evaluate.factors(self)
             y, _ = evaluate.exact.channel_map(x, factors, evaluate.label, inverse=False)
         else:
-            y = shifted(mapped(x, matrix), bias)
+            y = mapped(x, matrix, bias)
         dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
         pullback(dweights)
         return (y,), (dy,)
@@ -263,42 +260,39 @@ def gradients_at(x: Tensor, dy: Tensor, dlog_det: Tensor, matrix: Tensor) -> Str
 
 def inverse_gradients_at(x: Tensor, dx: Tensor, dlog_det: Tensor, matrix: Tensor) -> Streams:
     """The gradients of y, matrix, bias and log_abs_det, of x = V (y - b), V the inverse of W."""
-    dy = mapped(dx, inverted(matrix).T)
+    inverse, _ = inverted(matrix)
+    dy = mapped(dx, inverse.T)
     # dW = -V^T dx (y - b)^T V^T = -dy x^T.
     return dy, -outer(dy, x), -sum_per_channel(dy), -space(x) * dlog_det.sum()
 
 
-def mapped(x: Tensor, matrix: Tensor) -> Tensor:
+def mapped(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Applies a matrix to the channels of every pixel; keeps dtype and memory format."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide, matrix = x.to(dtype), matrix.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     # Not a convolution, which on a GPU may round its factors to TF32.
     with autocast_off(x.device):
         if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
-            y = F.linear(wide.movedim(1, -1), matrix).movedim(-1, 1)
+            y = F.linear(wide.movedim(1, -1), matrix, bias).movedim(-1, 1)
         else:
             # Not `matrix @`, which rounds otherwise where the matrix requires grad.
-            y = torch.bmm(matrix.expand(len(x), -1, -1), wide.flatten(2)).view_as(x)
+            matrices, pixels = matrix.expand(len(x), -1, -1), wide.flatten(2)
+            if bias is None:
+                y = torch.bmm(matrices, pixels).view_as(x)
+            else:
+                y = torch.baddbmm(bias.unsqueeze(1), matrices, pixels).view_as(x)
     return y.to(x.dtype)
 
 
-def shifted(x: Tensor, bias: Tensor | None) -> Tensor:
-    """Adds a bias to a tensor that was made here, per channel."""
-    return x if bias is None else x.add_(bias.to(x.dtype).view(-1, *(1,) * (x.ndim - 2)))
-
-
-def unshifted(inverse: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Returns the bias of the inverse map."""
-    if bias is None:
-        return None
-    with autocast_off(bias.device):
-        return -inverse @ bias
-
-
-def inverted(matrix: Tensor) -> Tensor:
-    """Inverts a small matrix in float64, and gives the result in its own dtype."""
+def inverted(matrix: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Returns the matrix, inverted in float64, and the bias of the inverse map."""
     # inv_ex does not make the CPU wait for the GPU to say whether the matrix is singular.
-    return torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
+    inverse = torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
+    if bias is None:
+        return inverse, None
+    with autocast_off(bias.device):
+        return inverse, -inverse @ bias
 
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:

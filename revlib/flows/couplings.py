@@ -10,8 +10,9 @@ from revlib.evaluate import Evaluate, Replay
 from revlib.flows.checks import check_samples
 from revlib.flows.layer import FlowLayer
 from revlib.flows.masks import CheckerboardMask, make_mask
-from revlib.functional import _affine_coupling, _spline_coupling
+from revlib.functional import _affine_coupling, _masked_affine_coupling, _spline_coupling
 from revlib.functional._checks import check_choice, check_flags, check_integer, check_positive
+from revlib.functional._coupling import couple_backward
 from revlib.streams import Form, Streams
 
 
@@ -268,13 +269,11 @@ class AffineCoupling(Coupling):
                 y, h, dy, dlog_det, inverse=inverse, **self._options()
             )
             return x, dx, self._with_kept(y, dh, 0.0)
-        ops = {
-            ("channel", False): functional.affine_coupling_backward,
-            ("channel", True): functional.affine_coupling_inverse_backward,
-            ("checkerboard", False): functional.masked_affine_coupling_backward,
-            ("checkerboard", True): functional.masked_affine_coupling_inverse_backward,
-        }
-        return ops[self.mask, inverse](y, h, dy, dlog_det, **self._options(), **self._flip())
+        # The op without its checks, which `couple` made of the like.
+        op, options = _affine_coupling.OP, (self.scale, self.clamp, self.interleaved)
+        if self.mask == "checkerboard":
+            op, options = _masked_affine_coupling.OP, (self.mask, self.flip, *options)
+        return couple_backward(op, y, h, dy, dlog_det, inverse, False, options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}, clamp={self.clamp}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revlib.evaluate import Evaluate, Inverse, Replay, kind_of
+from revlib.evaluate import Evaluate, Replay, inverse_of, kind_of
 from revlib.invertible import InvertibleModule, check_again
 from revlib.streams import Streams, convert, enter, settle
 
@@ -63,7 +63,7 @@ class FlowLayer(InvertibleModule):
         return unpacked(*checked_result(evaluate(self, *streams), evaluate.label))
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
-        return checked_result(evaluate(Inverse(self), packed(streams)), evaluate.label)
+        return checked_result(evaluate(inverse_of(self), packed(streams)), evaluate.label)
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
@@ -78,7 +78,7 @@ class FlowLayer(InvertibleModule):
     def inverse_backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
-        z, log_det = evaluate.invert(Inverse(self), *outputs)
+        z, log_det = evaluate.invert(inverse_of(self), *outputs)
         z, _, *latents = unpacked(z, log_det)
         again, pullback = evaluate.vjp_streams(
             lambda streams, evaluate: FlowLayer.inverse_streams(self, streams, evaluate),

@@ -10,8 +10,8 @@ def affine_coupling(
     x: Tensor, h: Tensor, scale: str, clamp: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    log_s = log_scale(raw, scale, clamp)
-    y = x * log_s.exp() + shift
+    factor, log_s = factor_and_log(raw, scale, clamp)
+    y = x * factor + shift
     return y.to(x.dtype), sum_per_sample(log_s)
 
 
@@ -19,8 +19,8 @@ def affine_coupling_inverse(
     y: Tensor, h: Tensor, scale: str, clamp: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    log_s = log_scale(raw, scale, clamp)
-    x = (y - shift) * (-log_s).exp()
+    factor, log_s = factor_and_log(raw, scale, clamp)
+    x = (y - shift) / factor
     return x.to(y.dtype), -sum_per_sample(log_s)
 
 
@@ -34,10 +34,10 @@ def affine_coupling_backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    factor, slope = factor_and_slope(raw, scale, clamp)
     scaled = y - shift
-    x = scaled * (-log_s).exp()
-    dx = dy * log_s.exp()
+    x = scaled / factor
+    dx = dy * factor
     draw = (dy * scaled + per_sample(dlog_det, y)) * slope
     return x.to(y.dtype), dx.to(y.dtype), join(draw, dy, interleaved).to(h.dtype)
 
@@ -52,9 +52,9 @@ def affine_coupling_inverse_backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
-    y = x * log_s.exp() + shift
-    dy = dx * (-log_s).exp()
+    factor, slope = factor_and_slope(raw, scale, clamp)
+    y = x * factor + shift
+    dy = dx / factor
     draw = -(dx * x + per_sample(dlog_det, x)) * slope
     return y.to(x.dtype), dy.to(x.dtype), join(draw, -dy, interleaved).to(h.dtype)
 
@@ -87,6 +87,25 @@ def log_scale_and_slope(raw: Tensor, scale: str, clamp: float) -> tuple[Tensor, 
         case "atan":
             return log_scale(raw, scale, clamp), clamp * 0.636 / (1 + raw**2)
     raise AssertionError(scale)
+
+
+def factor_and_log(raw: Tensor, scale: str, clamp: float) -> tuple[Tensor, Tensor]:
+    """The scale itself, and `log_scale`."""
+    if scale == "sigmoid":
+        factor = torch.sigmoid(raw + 2) + 1e-3
+        return factor, factor.log()
+    log_s = log_scale(raw, scale, clamp)
+    return log_s.exp(), log_s
+
+
+def factor_and_slope(raw: Tensor, scale: str, clamp: float) -> tuple[Tensor, Tensor]:
+    """The scale itself, and the derivative of `log_scale`."""
+    if scale == "sigmoid":
+        gate = torch.sigmoid(raw + 2)
+        factor = gate + 1e-3
+        return factor, gate * (1 - gate) / factor
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    return log_s.exp(), slope
 
 
 def raw_and_shift(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

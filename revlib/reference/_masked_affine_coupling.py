@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from revlib.reference._affine_coupling import (
+    factor_and_log,
+    factor_and_slope,
     join,
-    log_scale,
-    log_scale_and_slope,
     per_sample,
     raw_and_shift,
 )
@@ -18,9 +18,9 @@ def masked_affine_coupling(
 ) -> tuple[Tensor, Tensor]:
     kept = kept_elements(x, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    log_s = log_scale(raw, scale, clamp).masked_fill(kept, 0)
-    y = torch.where(kept, x, x * log_s.exp() + shift)
-    return y.to(x.dtype), sum_per_sample(log_s)
+    factor, log_s = factor_and_log(raw, scale, clamp)
+    y = torch.where(kept, x, x * factor + shift)
+    return y.to(x.dtype), sum_per_sample(log_s.masked_fill(kept, 0))
 
 
 def masked_affine_coupling_inverse(
@@ -28,9 +28,9 @@ def masked_affine_coupling_inverse(
 ) -> tuple[Tensor, Tensor]:
     kept = kept_elements(y, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    log_s = log_scale(raw, scale, clamp).masked_fill(kept, 0)
-    x = torch.where(kept, y, (y - shift) * (-log_s).exp())
-    return x.to(y.dtype), -sum_per_sample(log_s)
+    factor, log_s = factor_and_log(raw, scale, clamp)
+    x = torch.where(kept, y, (y - shift) / factor)
+    return x.to(y.dtype), -sum_per_sample(log_s.masked_fill(kept, 0))
 
 
 def masked_affine_coupling_backward(
@@ -46,10 +46,10 @@ def masked_affine_coupling_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = kept_elements(y, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    factor, slope = factor_and_slope(raw, scale, clamp)
     scaled = y - shift
-    x = torch.where(kept, y, scaled * (-log_s).exp())
-    dx = torch.where(kept, dy, dy * log_s.exp())
+    x = torch.where(kept, y, scaled / factor)
+    dx = torch.where(kept, dy, dy * factor)
     draw = ((dy * scaled + per_sample(dlog_det, y)) * slope).masked_fill(kept, 0)
     dh = join(draw, dy.masked_fill(kept, 0), interleaved)
     return x.to(y.dtype), dx.to(y.dtype), dh.to(h.dtype)
@@ -68,9 +68,9 @@ def masked_affine_coupling_inverse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = kept_elements(x, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
-    y = torch.where(kept, x, x * log_s.exp() + shift)
-    dy = torch.where(kept, dx, dx * (-log_s).exp())
+    factor, slope = factor_and_slope(raw, scale, clamp)
+    y = torch.where(kept, x, x * factor + shift)
+    dy = torch.where(kept, dx, dx / factor)
     draw = (-(dx * x + per_sample(dlog_det, x)) * slope).masked_fill(kept, 0)
     dh = join(draw, (-dy).masked_fill(kept, 0), interleaved)
     return y.to(x.dtype), dy.to(x.dtype), dh.to(h.dtype)

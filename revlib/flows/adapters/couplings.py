@@ -78,7 +78,7 @@ class Coupling(FlowLayer):
 
     def _evaluate(self, x: Tensor, evaluate: Evaluate) -> Tensor | Streams:
         condition = Condition(self)
-        initialize(condition, x, evaluate.context)
+        initialize(condition, condition, x, evaluate.context)
         return evaluate(condition, x)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revlib.evaluate import Evaluate, Inverse, Replay
+from revlib.evaluate import Evaluate, Replay
 from revlib.flows.layer import FlowLayer, zeros
-from revlib.replay import rng_set, rng_states
+from revlib.replay import Slot, parts_of, rng_set, rng_states, tensors_set
 from revlib.streams import Streams
 
 # Runs a module in a direction of its own: run(module, x, context, inverse) returns the result and
@@ -64,11 +64,11 @@ class Called(FlowLayer):
         return y, per_sample(log_det, x)
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
-        initialize(self, *streams, evaluate.context)
+        initialize(self, self, *streams, evaluate.context)
         return super().forward_streams(streams, evaluate)
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
-        initialize(Inverse(self), *streams, evaluate.context)
+        initialize(self, self.inverse, *streams, evaluate.context)
         return super().inverse_streams(streams, evaluate)
 
 
@@ -155,25 +155,27 @@ def stand_in(module: nn.Module, **attributes: object) -> nn.Module:
     return copy
 
 
-def initialize(module: nn.Module, x: Tensor, context: Tensor | None) -> None:
+def initialize(
+    module: nn.Module, run: Callable[..., object], x: Tensor, context: Tensor | None
+) -> None:
     """Lets the ActNorm layers of normflows see the first batch before it is recorded.
 
     They tell by a buffer whether they saw it, so an evaluation that is repeated as it was would
     set their parameters again. This one leaves no other trace.
     """
-    if torch.compiler.is_compiling():  # a trace cannot walk the stand-ins that it makes
+    if torch.compiler.is_compiling():  # a trace cannot ask whether they saw it
         return
     flag = "data_dep_init_done"
-    waiting = (not part.get_buffer(flag) for part in module.modules() if flag in part._buffers)
-    if any(waiting):
-        kept = {
-            name: buffer.clone()
-            for name, buffer in module.named_buffers()
-            if not name.endswith(flag)
-        }
+    buffers = [Slot(p._buffers, *item) for p in parts_of(module) for item in p._buffers.items()]
+    if any(slot.key == flag and not slot.tensor for slot in buffers):
+        others = [slot for slot in buffers if slot.key != flag and slot.tensor is not None]
         args = (x,) if context is None else (x, context)
-        with torch.no_grad(), rng_set(x.device, rng_states(x.device)):
-            torch.func.functional_call(module, kept, args)
+        with (
+            torch.no_grad(),
+            rng_set(x.device, rng_states(x.device)),
+            tensors_set([(slot, slot.tensor.clone()) for slot in others]),
+        ):
+            run(*args)
 
 
 def on_copy(
