@@ -169,7 +169,7 @@ def _run_exactly(
     exact = Exact.of(streams)
     legs = [
         leg._replace(rounds=not leg.is_exact and (following is None or following.is_exact))
-        for leg, following in zip(legs, [*legs[1:], None], strict=True)
+        for leg, following in zip(legs, [*legs[1:], None], strict=False)
     ]
     # What comes before the first exact block keeps its input, so that need not be rounded yet.
     if not legs or legs[0].is_exact:
@@ -235,7 +235,7 @@ def _run_rebuilding(
         )
     form, extras = entry, []
     previous = None
-    for leg, following in zip(legs, [*legs[1:], None], strict=True):
+    for leg, following in zip(legs, [*legs[1:], None], strict=False):
         taken = take_latents(leg, latents)
         needs_grad = any(
             t is not None and t.requires_grad for t in (*streams, *taken, context, *leg.parameters)
@@ -258,7 +258,7 @@ def _run_rebuilding(
         form = node.form_out
         streams, extra = _cut(outputs, form)
         extras.append(extra)
-        previous = leg.policy
+        previous = tape.latest
     streams = convert(streams, form, entry)
     if any(extras):
         streams, extras = _tied(streams, extras)
@@ -331,7 +331,7 @@ class Node(NamedTuple):
         form: The form in which the block takes it.
         form_out: The form in which it is passed on.
         keeps_output: Whether a rebuild starts here, so that the output must be kept.
-        previous: The policy of the node before, or None if what is before is no node.
+        previous: How the node before gets its activations back, or None if there is no node.
     """
 
     leg: Leg
@@ -359,6 +359,7 @@ class Tape:
         guard: What compares the stream with what it was.
         autocast: The autocast state that the forward pass ran under.
         streams: The stream.
+        latest: How the latest node gets its activations back, whatever its policy.
         state_bytes: The bytes of replay state that all nodes keep.
         context_gradient: The context's gradient so far in this backward pass. The node that begins
             a stretch returns the whole of it, added up in the order in which autograd would have.
@@ -368,6 +369,7 @@ class Tape:
     guard: Guard | None
     autocast: Autocast
     streams: Streams | None = None
+    latest: Policy = "rebuild"
     state_bytes: int = 0
     context_gradient: Tensor | None = None
 
@@ -428,6 +430,7 @@ class BlockFunction(torch.autograd.Function):
         ctx.recompute = leg.policy == "recompute" or (
             leg.whole and any(e.rng is not None or e.priors for e in evaluate.evaluations)
         )
+        tape.latest = "recompute" if ctx.recompute else "rebuild"
         kept, beside = (), extra[1:]
         if ctx.recompute:
             kept, beside = arriving, latents

@@ -104,7 +104,8 @@ class Evaluate:
             x = tree_map(lambda stream: stream.to(self.exact.narrow), x)
         streams = (x,) if isinstance(x, Tensor) else x
         versions = [_version(stream) for stream in streams]
-        value = self._call(module, (x,) if self.context is None else (x, self.context))
+        args = (x,) if self.context is None else (x, self.context)
+        value = self._call(module, args if self.exact is None else tree_map(apart, args))
         if [_version(stream) for stream in streams] != versions:
             raise RuntimeError(
                 f"{self.label}: {kind_of(module)} changed its input in place, but that "
@@ -233,7 +234,7 @@ class Replay(Evaluate):
         super().__init__(None if context is None else _leaf(context), label, exact)
         self.gradients: list[Tensor | None] = [None] * len(parameters)
         self.context_gradient: Tensor | None = None
-        # By identity: parameters and the leaves that stand for them, to their place in `gradients`.
+        # Of parameters and leaves that stand for them, by identity: their place in `gradients`.
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         self._held: list[Tensor] = [*parameters]
         self._autocast = autocast
@@ -402,6 +403,15 @@ class Replay(Evaluate):
         else:
             place = self._places[id(leaf)]
             self.gradients[place] = _sum(self.gradients[place], gradient)
+
+
+def apart(x: Tensor) -> Tensor:
+    """Returns `x` with a place of its own in the graph.
+
+    A sub-network may use its input many times. What it says of the gradient is then added up here,
+    before it is added to the stream's, as in backward by rebuilding: sums in floats have an order.
+    """
+    return torch.ops.aten.alias(x) if x.requires_grad else x
 
 
 def _streams_of(args: tuple[Any, ...]) -> Streams:

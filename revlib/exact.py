@@ -310,7 +310,8 @@ class LayoutFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *streams: Tensor) -> Streams:
         ctx.formats = list(map(memory_format, streams))
-        return streams
+        # Of an input that is returned as it is, autograd makes a view with strides of its own.
+        return tuple(x.detach() for x in streams)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Streams:

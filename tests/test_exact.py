@@ -115,6 +115,50 @@ def test_half_precision_changes_nothing_of_it(name, how, dtype, device):
     assert got["y0"].dtype == (dtype if how == "module" else torch.float)
 
 
+class Gated(nn.Module):
+    """Uses what it is given, and its context, more than once."""
+
+    def __init__(self, c_in: int, c_out: int | None = None) -> None:
+        super().__init__()
+        self.gate, self.value = (nn.Linear(c_in, c_out or c_in) for _ in range(2))
+        self.context = nn.Linear(3, c_out or c_in)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        y = self.value(x) * self.gate(x).sigmoid() + self.context(context * context.tanh())
+        return y + x.sin().mean(1, keepdim=True) + context.sin().mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float", "autocast"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ReversibleSequential(*(coupling(Gated, 4) for _ in range(4))),
+        lambda: ReversibleSequential(*(revlib.SwapCoupling(Gated(4)) for _ in range(4))),
+        lambda: flows.FlowSequential(
+            *(flows.AffineCoupling(Gated(4, 8), flip=bool(i % 2)) for i in range(4)),
+            *(flows.AdditiveCoupling(Gated(4), flip=bool(i % 2)) for i in range(4)),
+            flows.Split(Gated(4, 8)),
+        ),
+    ],
+    ids=["additive", "swap", "flow"],
+)
+def test_sub_networks_may_use_their_inputs_many_times(make, amp, device):
+    torch.manual_seed(0)
+    chain = exact(make()).to(device)
+    args = torch.randn(16, 8, device=device), torch.randn(16, 3, device=device)
+    args = in_dtype(args, torch.float)
+    twin, twin_args = stored(chain), copy.deepcopy(args)
+
+    def run(chain: ReversibleSequential) -> Callable:
+        def call(*args: Tensor) -> Tensor | tuple:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                return chain(*args)
+
+        return call
+
+    assert_equal(step(chain, args, run(chain)), step(twin, twin_args, run(twin)))
+
+
 def deep(depth: int, **options: object) -> ReversibleSequential:
     torch.manual_seed(0)
 
@@ -187,6 +231,52 @@ def test_channels_last_stays_and_changes_nothing_of_it(device):
 
     assert_equal(got, step(twin, (twin_x,)))
     assert got["y0"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float", "autocast"])
+@pytest.mark.parametrize("make", ["additive", "swap", "flow"])
+def test_a_batch_of_one_in_channels_last_is_rebuilt_bit_for_bit(make, amp, device):
+    torch.manual_seed(0)
+
+    def net(c_in: int = 8, c_out: int = 8) -> nn.Module:
+        return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    if make == "flow":
+        layers = [flows.Squeeze()]
+        for _ in range(3):
+            layers += [flows.ActNormConv1x1(16), flows.AffineCoupling(net(8, 16))]
+        chain = flows.FlowSequential(*layers, flows.Split(net(8, 16)), exact=True)
+    else:
+        blocks = {"additive": lambda: coupling(net), "swap": lambda: revlib.SwapCoupling(net())}
+        chain = ReversibleSequential(*(blocks[make]() for _ in range(3)), exact=True)
+    chain = chain.to(device, memory_format=torch.channels_last)
+    x = torch.randn(1, 4 if make == "flow" else 16, 8, 8, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        chain(x)
+    x.requires_grad_()
+    twin, twin_x = copy.deepcopy(chain), x.detach().clone().requires_grad_()
+    twin.policy = "store"
+
+    def run(chain: ReversibleSequential) -> Callable:
+        def call(x: Tensor) -> Tensor | tuple:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                return chain(x)
+
+        return call
+
+    got, want = step(chain, (x,), run(chain)), step(twin, (twin_x,), run(twin))
+    with torch.no_grad():
+        without = tree_leaves(run(chain)(x))
+
+    assert_equal(got, want)
+    assert all(torch.equal(y, got[f"y{i}"]) for i, y in enumerate(without))
+
+
+def test_a_chain_of_no_blocks_gives_what_it_is_given_on_the_grid(device):
+    x = torch.tensor([[0.3 * STEP, 7.7 * STEP]], device=device)
+
+    assert (ReversibleSequential(exact=True)(x) / STEP).tolist() == [[0.0, 8.0]]
 
 
 def test_a_gradient_scaler_changes_nothing_of_it(device):
