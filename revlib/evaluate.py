@@ -264,8 +264,23 @@ class Replay(Evaluate):
         return value, lambda gradient: pullback((gradient,))[0]
 
     def vjp_weights(self, block: nn.Module) -> tuple[Streams, Callable[[Streams], Streams]]:
-        """Like `vjp`, for `weights(block)`: the function takes a gradient for each of them."""
-        return self.vjp_streams(lambda _, evaluate: evaluate.weights(block), ())
+        """Like `vjp`, for `weights(block)`: the function takes a gradient for each of them.
+
+        Where a block knows its gradients in closed form, autograd need not find them. In exact
+        arithmetic it does: gradients are to be those of the stored run to the last bit.
+        """
+        if self.exact is not None or not getattr(block, "knows_pullback", False):
+            return self.vjp_streams(lambda _, evaluate: evaluate.weights(block), ())
+        evaluation = self._pending[Method(block, "weights")].pop()
+        with torch.no_grad(), self._as_the_first_time(evaluation, ()):
+            weights, gradients_of = super()._call(Method(block, "weights_and_pullback"), ())
+
+        def pullback(gradients: Streams) -> Streams:
+            for parameter, gradient in gradients_of(*gradients):
+                self._collect(parameter, gradient)
+            return ()
+
+        return weights, pullback
 
     def vjp_streams(
         self, function: Callable[[Streams, Evaluate], Streams], streams: Streams

@@ -80,8 +80,12 @@ def _settled(x: Tensor) -> Tensor:
     if 1 not in x.shape:
         return x
     # Strides of dimensions of size 1 are arbitrary, but libraries choose kernels by them.
-    strides = torch.empty_like(x, device="meta", memory_format=format).stride()
-    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+    strides, step = [0] * x.ndim, 1
+    dims = [*range(x.ndim)] if format == torch.contiguous_format else [0, *range(2, x.ndim), 1]
+    for dim in reversed(dims):
+        strides[dim] = step
+        step *= x.shape[dim]
+    return x if x.stride() == tuple(strides) else x.as_strided(x.shape, strides)
 
 
 def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -13,10 +13,15 @@ from revlib.evaluate import Evaluate, Replay
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.checks import check_channel_count, check_channels
 from revlib.flows.layer import FlowLayer, wide_sum, zeros
+from revlib.flows.lu import LUFactors
 from revlib.functional._checks import check_flags
 from revlib.reference._actnorm import space, sum_per_channel
 from revlib.replay import autocast_off
 from revlib.streams import Streams, memory_format
+
+# From the gradients of weights to parameters, each with its gradient.
+Gradients = list[tuple[Tensor, Tensor]]
+Pullback = Callable[[Tensor, Tensor, Tensor], Gradients]
 
 
 class ChannelMap(FlowLayer):
@@ -34,6 +39,18 @@ class ChannelMap(FlowLayer):
     channels: int
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        raise NotImplementedError
+
+    @property
+    def knows_pullback(self) -> bool:
+        """Whether `weights_and_pullback` may be called, for autograd takes three times as long."""
+        return False
+
+    def weights_and_pullback(self) -> tuple[Streams, Pullback]:
+        """Returns the matrix, the bias and None, and what gives the parameters' gradients.
+
+        That is a function of the gradients of all that `weights` returns.
+        """
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor | None, ...]:
@@ -156,10 +173,13 @@ class InvertibleConv1x1(ChannelMap):
             weight = self.weight  # once: a parametrization may give another one each time
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             return weight, None, torch.linalg.slogdet(wide).logabsdet
-        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
-        with autocast_off(upper.device):
-            product = torch.addmm(upper, self.lower.tril(-1), upper)  # L U, without L's diagonal
-            return self.permutation @ product, None, wide_sum(self.log_diagonal)
+        lu = self.lu_factors()
+        right = lu.right()
+        with autocast_off(right.device):
+            return lu.product(right), None, wide_sum(lu.log_diagonal)
+
+    def lu_factors(self) -> LUFactors:
+        return LUFactors(self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
 
     def factors(self) -> tuple[Tensor | None, ...]:
         if self.lu:
@@ -208,6 +228,38 @@ class ActNormConv1x1(ChannelMap):
         matrix, _, log_abs_det = self.conv.weights()
         with autocast_off(matrix.device):
             return matrix * log_scale.exp(), matrix @ bias, log_abs_det + wide_sum(log_scale)
+
+    @property
+    def knows_pullback(self) -> bool:
+        # A parametrized module has a class of its own, and one without LU factors a parameter.
+        classes = type(self), type(self.actnorm), type(self.conv)
+        names = *self.actnorm._parameters, *self.conv._parameters
+        return classes == (ActNormConv1x1, ActNorm, InvertibleConv1x1) and names == (
+            "log_scale", "bias", "lower", "upper", "log_diagonal"
+        )  # fmt: skip
+
+    def weights_and_pullback(self) -> tuple[Streams, Pullback]:
+        log_scale, bias = self.actnorm.weights()
+        lu = self.conv.lu_factors()
+        right, scale = lu.right(), log_scale.exp()
+        with autocast_off(bias.device):
+            unscaled = lu.product(right)
+            matrix, moved = unscaled * scale, unscaled @ bias
+
+        def pullback(dmatrix: Tensor, dbias: Tensor, dlog_abs_det: Tensor) -> Gradients:
+            dmatrix, dbias = dmatrix.to(matrix.dtype), dbias.to(bias.dtype)
+            with autocast_off(bias.device):
+                dunscaled = torch.addr(dmatrix * scale, dbias, bias)
+                dlower, dupper, dlog_diagonal = lu.gradients(right, dunscaled)
+                return [
+                    (log_scale, (dmatrix * matrix).sum(0) + dlog_abs_det),
+                    (bias, unscaled.T @ dbias),
+                    (lu.lower, dlower),
+                    (lu.upper, dupper),
+                    (lu.log_diagonal, dlog_diagonal + dlog_abs_det),
+                ]
+
+        return (matrix, moved, None), pullback
 
     def factors(self) -> tuple[Tensor | None, ...]:
         log_scale, _ = self.actnorm.weights()
