@@ -7,6 +7,7 @@ are alive at a time, and each block's gradients are returned as soon as they are
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
@@ -305,7 +306,7 @@ def _store(
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
-    with recording(exact, streams, anew=leg.is_anchor):
+    with nullcontext() if exact is None else recording(exact, streams, anew=leg.is_anchor):
         outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
     if in_anomaly_mode():
         check_finite(leg.label, "what it returned", outputs)
@@ -416,7 +417,10 @@ class BlockFunction(torch.autograd.Function):
         latents, parameters = others[: leg.n_latents], others[leg.n_latents :]
         evaluate = Record(context, leg.label, exact)
         entered = node.enter(arriving)
-        with recording(exact, entered, anew=leg.is_anchor) as use:
+        arithmetic = nullcontext()
+        if exact is not None:
+            arithmetic = recording(exact, entered, anew=leg.is_anchor)
+        with arithmetic as use:
             outputs = leg((*entered, *latents), evaluate)
         if in_anomaly_mode():
             check_finite(leg.label, "what it returned", outputs)
@@ -485,7 +489,10 @@ class BlockFunction(torch.autograd.Function):
         if ctx.order:
             gradients = tuple(map(in_order_of, gradients, ctx.order))
         gradients = (*gradients, *extra)
-        with replaying(tape.exact, ctx.use, in_order=ctx.recompute):
+        arithmetic = nullcontext()
+        if tape.exact is not None:
+            arithmetic = replaying(tape.exact, ctx.use, in_order=ctx.recompute)
+        with arithmetic:
             if ctx.recompute:
                 _, pullback = evaluate.vjp_streams(leg, (*node.enter(kept), *beside))
                 gradients = pullback(gradients)

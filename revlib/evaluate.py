@@ -1,7 +1,7 @@
 """How blocks call their sub-networks, so that a chain can record an evaluation and replay it."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -103,10 +103,10 @@ class Evaluate:
         if self.exact is not None and self.exact.narrow is not None:
             x = tree_map(lambda stream: stream.to(self.exact.narrow), x)
         streams = (x,) if isinstance(x, Tensor) else x
-        versions = [_version(stream) for stream in streams]
+        versions = _versions(streams)
         args = (x,) if self.context is None else (x, self.context)
         value = self._call(module, args if self.exact is None else tree_map(apart, args))
-        if [_version(stream) for stream in streams] != versions:
+        if _versions(streams) != versions:
             raise RuntimeError(
                 f"{self.label}: {kind_of(module)} changed its input in place, but that "
                 "input is a stream of the block and still needed; make the first operation of "
@@ -174,17 +174,18 @@ class Record(Evaluate):
                 kind = scratch if writes_statistics_only(part) else buffers
                 kind += [Slot(part._buffers, *item) for item in part._buffers.items()]
         modes = [part.training for part in parts]
-        copies = {slot.tensor: slot.tensor.clone() for slot in buffers if slot.tensor is not None}
-        before = [(slot, _version(slot.tensor), copies.get(slot.tensor)) for slot in buffers]
+        held = [slot.tensor for slot in buffers]
+        copies = {tensor: tensor.clone() for tensor in held if tensor is not None}
+        versions = _versions(held)
 
         value = super()._call(module, args)
 
         constants, priors = [], []
-        for slot, version, prior in before:
-            if slot.is_untouched() and _version(slot.tensor) == version:
+        for slot, before, after in zip(buffers, versions, _versions(held), strict=True):
+            if slot.is_untouched() and before == after:
                 constants.append(slot)
             else:
-                priors.append(slot._replace(tensor=prior))
+                priors.append(slot._replace(tensor=copies.get(slot.tensor)))
         drew = any(map(differ, rng, rng_states(device)))
         self.evaluations.append(
             Evaluation(
@@ -451,11 +452,11 @@ def _device(parts: list[nn.Module], args: tuple[Any, ...]) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def _version(x: Tensor | None) -> int | None:
+def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     """Returns what an in-place write changes, or None where writes are not counted."""
-    if x is None or torch.compiler.is_compiling() or x.is_inference():
-        return None
-    return x._version
+    if torch.compiler.is_compiling():
+        return []
+    return [None if x is None or x.is_inference() else x._version for x in tensors]
 
 
 def _leaf(x: Tensor) -> Tensor:

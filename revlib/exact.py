@@ -241,15 +241,12 @@ class Use:
 
 
 @contextmanager
-def recording(exact: Exact | None, streams: Streams, *, anew: bool) -> Iterator[Use]:
+def recording(exact: Exact, streams: Streams, *, anew: bool) -> Iterator[Use]:
     """Notes what a block that is given `streams` does with the state.
 
     If `anew`, it is given a fresh one if it scales.
     """
     use = Use()
-    if exact is None:
-        yield use
-        return
     exact.size = sum(math.prod(x.shape[1:]) for x in streams)
     start, prior, borrowed = len(exact.used), exact.state, exact.borrowed
     if anew:
@@ -263,11 +260,8 @@ def recording(exact: Exact | None, streams: Streams, *, anew: bool) -> Iterator[
 
 
 @contextmanager
-def replaying(exact: Exact | None, use: Use, *, in_order: bool) -> Iterator[None]:
+def replaying(exact: Exact, use: Use, *, in_order: bool) -> Iterator[None]:
     """Gives a block the state as the first time: backwards, or in order with a fresh one."""
-    if exact is None:
-        yield
-        return
     state, borrowed = exact.state, exact.borrowed
     exact.replayed = list(use.columns)
     if in_order:
