@@ -63,7 +63,8 @@ class ChannelMap(FlowLayer):
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
             return self._map_exactly(x, matrix, bias, log_abs_det, evaluate, inverse=False)
-        return mapped(x, matrix, bias), zeros(x) + space(x) * log_abs_det
+        with autocast_off(x.device):
+            return mapped(x, matrix, bias), zeros(x) + space(x) * log_abs_det
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
@@ -71,20 +72,22 @@ class ChannelMap(FlowLayer):
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
             return self._map_exactly(y, matrix, bias, log_abs_det, evaluate, inverse=True)
-        return mapped(y, *inverted(matrix, bias)), zeros(y) - space(y) * log_abs_det
+        with autocast_off(y.device):
+            return mapped(y, *inverted(matrix, bias)), zeros(y) - space(y) * log_abs_det
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
         (y,), (dy, dlog_det) = outputs, gradients
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        if evaluate.exact is not None:
-            factors = evaluate.factors(self)
-            x, _ = evaluate.exact.channel_map(y, factors, evaluate.label, inverse=True)
-        else:
-            x = mapped(y, *inverted(matrix, bias))
-        dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
-        pullback(dweights)
+        with autocast_off(y.device):
+            if evaluate.exact is not None:
+                factors = evaluate.factors(self)
+                x, _ = evaluate.exact.channel_map(y, factors, evaluate.label, inverse=True)
+            else:
+                x = mapped(y, *inverted(matrix, bias))
+            dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
+            pullback(dweights)
         return (x,), (dx,)
 
     def inverse_backward_streams(
@@ -92,13 +95,14 @@ class ChannelMap(FlowLayer):
     ) -> tuple[Streams, Streams]:
         (x,), (dx, dlog_det) = outputs, gradients
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        if evaluate.exact is not None:
-            factors = evaluate.factors(self)
-            y, _ = evaluate.exact.channel_map(x, factors, evaluate.label, inverse=False)
-        else:
-            y = mapped(x, matrix, bias)
-        dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
-        pullback(dweights)
+        with autocast_off(x.device):
+            if evaluate.exact is not None:
+                factors = evaluate.factors(self)
+                y, _ = evaluate.exact.channel_map(x, factors, evaluate.label, inverse=False)
+            else:
+                y = mapped(x, matrix, bias)
+            dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
+            pullback(dweights)
         return (y,), (dy,)
 
     def extra_repr(self) -> str:
@@ -248,16 +252,15 @@ class ActNormConv1x1(ChannelMap):
 
         def pullback(dmatrix: Tensor, dbias: Tensor, dlog_abs_det: Tensor) -> Gradients:
             dmatrix, dbias = dmatrix.to(matrix.dtype), dbias.to(bias.dtype)
-            with autocast_off(bias.device):
-                dunscaled = torch.addr(dmatrix * scale, dbias, bias)
-                dlower, dupper, dlog_diagonal = lu.gradients(right, dunscaled)
-                return [
-                    (log_scale, (dmatrix * matrix).sum(0) + dlog_abs_det),
-                    (bias, unscaled.T @ dbias),
-                    (lu.lower, dlower),
-                    (lu.upper, dupper),
-                    (lu.log_diagonal, dlog_diagonal + dlog_abs_det),
-                ]
+            dunscaled = torch.addr(dmatrix * scale, dbias, bias)
+            dlower, dupper, dlog_diagonal = lu.gradients(right, dunscaled)
+            return [
+                (log_scale, (dmatrix * matrix).sum(0) + dlog_abs_det),
+                (bias, unscaled.T @ dbias),
+                (lu.lower, dlower),
+                (lu.upper, dupper),
+                (lu.log_diagonal, dlog_diagonal + dlog_abs_det),
+            ]
 
         return (matrix, moved, None), pullback
 
@@ -299,7 +302,8 @@ class ExactMapFunction(torch.autograd.Function):
     def backward(ctx: Any, dresult: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
         x, matrix = ctx.saved_tensors
         gradients = inverse_gradients_at if ctx.inverse else gradients_at
-        dgiven, dmatrix, dbias, dlog_abs_det = gradients(x, dresult, dlog_det, matrix)
+        with autocast_off(x.device):
+            dgiven, dmatrix, dbias, dlog_abs_det = gradients(x, dresult, dlog_det, matrix)
         dbias = dbias if ctx.has_bias else None
         return dgiven, dmatrix, dbias, dlog_abs_det, None, None
 
@@ -324,16 +328,15 @@ def mapped(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     wide, matrix = x.to(dtype), matrix.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     # Not a convolution, which on a GPU may round its factors to TF32.
-    with autocast_off(x.device):
-        if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
-            y = F.linear(wide.movedim(1, -1), matrix, bias).movedim(-1, 1)
+    if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
+        y = F.linear(wide.movedim(1, -1), matrix, bias).movedim(-1, 1)
+    else:
+        # Not `matrix @`, which rounds otherwise where the matrix requires grad.
+        matrices, pixels = matrix.expand(len(x), -1, -1), wide.flatten(2)
+        if bias is None:
+            y = torch.bmm(matrices, pixels).view_as(x)
         else:
-            # Not `matrix @`, which rounds otherwise where the matrix requires grad.
-            matrices, pixels = matrix.expand(len(x), -1, -1), wide.flatten(2)
-            if bias is None:
-                y = torch.bmm(matrices, pixels).view_as(x)
-            else:
-                y = torch.baddbmm(bias.unsqueeze(1), matrices, pixels).view_as(x)
+            y = torch.baddbmm(bias.unsqueeze(1), matrices, pixels).view_as(x)
     return y.to(x.dtype)
 
 
@@ -341,17 +344,13 @@ def inverted(matrix: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor
     """Returns the matrix, inverted in float64, and the bias of the inverse map."""
     # inv_ex does not make the CPU wait for the GPU to say whether the matrix is singular.
     inverse = torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
-    if bias is None:
-        return inverse, None
-    with autocast_off(bias.device):
-        return inverse, -inverse @ bias
+    return inverse, None if bias is None else -inverse @ bias
 
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:
     """Sums the outer products of the channels over all pixels of all samples."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     dy, x = dy.to(dtype), x.to(dtype)
-    with autocast_off(x.device):
-        if x.ndim == 2:
-            return dy.T @ x
-        return (dy.flatten(2) @ x.flatten(2).mT).sum(0)
+    if x.ndim == 2:
+        return dy.T @ x
+    return (dy.flatten(2) @ x.flatten(2).mT).sum(0)
