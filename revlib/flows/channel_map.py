@@ -324,20 +324,18 @@ def inverse_gradients_at(x: Tensor, dx: Tensor, dlog_det: Tensor, matrix: Tensor
 
 def mapped(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Applies a matrix to the channels of every pixel; keeps dtype and memory format."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    wide, matrix = x.to(dtype), matrix.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    if x.dtype.itemsize < 4:
+        return mapped(x.float(), matrix, bias).to(x.dtype)
+    matrix = matrix.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     # Not a convolution, which on a GPU may round its factors to TF32.
     if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
-        y = F.linear(wide.movedim(1, -1), matrix, bias).movedim(-1, 1)
-    else:
-        # Not `matrix @`, which rounds otherwise where the matrix requires grad.
-        matrices, pixels = matrix.expand(len(x), -1, -1), wide.flatten(2)
-        if bias is None:
-            y = torch.bmm(matrices, pixels).view_as(x)
-        else:
-            y = torch.baddbmm(bias.unsqueeze(1), matrices, pixels).view_as(x)
-    return y.to(x.dtype)
+        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
+    # Not `matrix @`, which rounds otherwise where the matrix requires grad.
+    matrices, pixels = matrix.expand(len(x), -1, -1), x.flatten(2)
+    if bias is None:
+        return torch.bmm(matrices, pixels).view_as(x)
+    return torch.baddbmm(bias.unsqueeze(1), matrices, pixels).view_as(x)
 
 
 def inverted(matrix: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
