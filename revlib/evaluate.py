@@ -308,8 +308,8 @@ class Replay(Evaluate):
             found = (None,) * len(wanted)
             if live:
                 try:
-                    # What torch.autograd.grad does, without the tenth of a millisecond
-                    # that it takes to look at its arguments.
+                    # What torch.autograd.grad does once it has looked at its arguments, which
+                    # takes longer than a small operation.
                     found = _engine_run_backward(
                         tuple(edges[i] for i in live),
                         tuple(gradients[i].to(dtypes[i]) for i in live),
