@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revlib import reference
 from revlib.kernels.actnorm import ChannelWalk
-from revlib.kernels.exact_scaling import EXACT, LARGEST_S, STREAM_LIMIT, R, flag, ratio, transform
+from revlib.kernels.exact_scaling import EXACT, STREAM_LIMIT, R, flag, ratio, transform
 from revlib.kernels.walk import (
     accumulator,
     new_like,
@@ -96,8 +97,8 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the log_det and the overflow flag, and writes the state."""
     dtype = accumulator(x, log_scale, bias)
-    s = divisor(log_scale.to(dtype))
-    y, overflow = new_like(x), ~log_scale.isfinite().all()
+    s = reference.divisor(log_scale.to(dtype))
+    y, overflow = new_like(x), ~reference.scales_fit(log_scale)
     walk = ChannelWalk(x, state, y, tile_size=TILE_SIZE)
     if walk.n_programs:
         with torch.cuda.device_of(x):
@@ -127,7 +128,7 @@ def normalize_bwd(
     Given is what came out, or x where state is None: then nothing is rebuilt. Writes the state.
     """
     dtype = accumulator(given, log_scale, bias)
-    s = divisor(log_scale.to(dtype))
+    s = reference.divisor(log_scale.to(dtype))
     dx = new_like(given)
     rebuilt = None if state is None else new_like(given)
     # What is not there needs no place, but strides.
@@ -150,12 +151,6 @@ def normalize_bwd(
     else:
         dlog_scale = products / (s / R.value) + from_log_det
     return rebuilt, dx, dlog_scale.to(log_scale.dtype), dbias.to(bias.dtype)
-
-
-def divisor(log_scale: Tensor) -> Tensor:
-    """S, whole but a float; 1 where log_scale is NaN."""
-    s = (log_scale.neg().exp() * R.value).round()
-    return s.nan_to_num(1.0).clamp(1, LARGEST_S.value)
 
 
 @torch.library.custom_op("revlib::exact_actnorm", mutates_args=("state",))

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from revlib.kernels.affine import log_scale
 from revlib.kernels.affine_coupling import raw_and_shift
-from revlib.kernels.exact_scaling import EXACT, STREAM_LIMIT, divisor, flag, ratio, transform
+from revlib.kernels.exact_scaling import (
+    EXACT,
+    STREAM_LIMIT,
+    divisor,
+    flag,
+    ratio,
+    scale_is_inside,
+    transform,
+)
 from revlib.kernels.walk import (
     Walk,
     accumulator,
@@ -56,8 +64,9 @@ def exact_affine_coupling_kernel(
     log_det = log_ratio if INVERSE else -log_ratio
     # Before the divisions, which NVIDIA's compiler makes calls: across them it took a stack.
     store_sum(sums_ptr, log_det, sample, column, mask, n_samples, n_tiles)
+    inside = scale_is_inside(log_s) & (tl.abs(raw) < float("inf"))
+    flag(overflow_ptr, mask & ~inside, SAMPLES, ELEMENTS)
     y, state, inside = transform(x, s, shift, state, INVERSE, STEPS, LIMIT)
-    inside = inside & (tl.abs(raw) < float("inf"))
 
     tl.store(y_ptr + y_offsets, y, mask=mask)
     tl.store(state_ptr + state_offsets, state, mask=mask)

@@ -5,6 +5,8 @@ used: kernels that compute it are compiled without fusing multiplications and ad
 compiler does here and not there.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,8 @@ from revlib.kernels.arithmetic import exp, floor_divide, round_half_even
 R_BITS = tl.constexpr(16)
 R = tl.constexpr(2**16)
 LARGEST_S = tl.constexpr(2.0**31)
+SMALLEST_LOG_SCALE = tl.constexpr(math.log(2.0**-15))
+LARGEST_LOG_SCALE = tl.constexpr(math.log(2.0**16))
 STATE_LIMIT = tl.constexpr(2.0**61)
 # X * R is below 2**62 in size; r, C and q add less than 2**33 to it.
 WRAP_LIMIT = tl.constexpr(2.0**62 + 2.0**33)
@@ -25,9 +29,14 @@ EXACT = {"enable_fp_fusion": False}
 
 @triton.jit
 def divisor(log_s):
-    """S, whole but a float; 1 where log_s is NaN."""
+    """S, whole but a float; of a log_s out of range the nearest, and of NaN 1."""
     s = round_half_even(exp(-log_s) * R)
     return tl.where(s >= 1, tl.minimum(s, LARGEST_S), 1)
+
+
+@triton.jit
+def scale_is_inside(log_s):
+    return (log_s >= SMALLEST_LOG_SCALE) & (log_s <= LARGEST_LOG_SCALE)
 
 
 @triton.jit

@@ -214,11 +214,13 @@ class Exact:
         if step == NEVER:
             return
         dtype = str(self.dtype).removeprefix("torch.")
+        lowest, highest = reference.LOG_SCALES
         raise OverflowError(
             f"{self.labels[step]}: an exact chain needs finite values below "
-            f"{LIMITS[self.dtype]:g} in its {dtype} stream, and room in its state where it "
-            "scales; bound what this block computes, give it policy='recompute' (it then starts "
-            "with a fresh state), or build the chain with exact=False"
+            f"{LIMITS[self.dtype]:g} in its {dtype} stream, and where it scales log-scales from "
+            f"{lowest:.3f} to {highest:.2f} and room in its state; bound what this block "
+            "computes, give it policy='recompute' (it then starts with a fresh state), or build "
+            "the chain with exact=False"
         )
 
     def _fresh(self, x: Tensor, columns: int) -> Tensor:

@@ -499,6 +499,19 @@ def test_a_full_state_raises_and_a_recomputed_block_empties_it():
     assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
 
 
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+@pytest.mark.parametrize("log_scale", [11.2, -10.5])
+def test_a_scale_out_of_range_raises_and_names_the_block(log_scale, policy):
+    layers = [flows.DiagonalScaling((4,)) for _ in range(3)]
+    nn.init.constant_(layers[1].log_scale, log_scale)
+    chain = flows.FlowSequential(*layers, exact=True, policy=policy)
+
+    with pytest.raises(
+        OverflowError, match=r"block 1 \(DiagonalScaling\): .*log-scales from -10.397 to 11.09"
+    ):
+        chain(torch.zeros(2, 4))
+
+
 class Turn(InvertibleModule):
     """A block of the user's own, which knows nothing of exact arithmetic."""
 

@@ -18,7 +18,7 @@ def exact_actnorm(
     r"""Scales and shifts each channel on a grid, and keeps what rounding drops.
 
     .. math:: y = x \cdot a + b, \qquad a = 2^{16} / S, \quad
-        S = \operatorname{round}(2^{16} \exp(-s)) \text{ from } 1 \text{ to } 2^{31}
+        S = \operatorname{round}(2^{16} \exp(-s))
 
     What `exact_affine_coupling` says of the grid, the state and the ranges holds here too.
 

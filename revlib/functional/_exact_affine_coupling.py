@@ -32,7 +32,7 @@ def exact_affine_coupling(
     r"""Scales and shifts on a grid, and keeps what rounding drops, so that undoing it is exact.
 
     .. math:: y = x \cdot a + t, \qquad a = 2^{16} / S, \quad
-        S = \operatorname{round}(2^{16} \exp(-s)) \text{ from } 1 \text{ to } 2^{31}
+        S = \operatorname{round}(2^{16} \exp(-s))
 
     The log-scale :math:`s` and the shift :math:`t` are those that `affine_coupling` takes from
     `h`. The grid is the multiples of :math:`2^{-k}`, with k = `bits`: `x` must be on it, `t` is
@@ -43,7 +43,8 @@ def exact_affine_coupling(
 
     All holds as long as every value is in range: the state below 2**61 (and never below 0), and
 
-    .. math:: |x|, |y| < 2^{24 - k} \text{ in float32}, \qquad < 2^{46 - k} \text{ in float64}
+    .. math:: |x|, |y| < 2^{24 - k} \text{ in float32}, \qquad < 2^{46 - k} \text{ in float64},
+        \qquad -15 \ln 2 \le s \le 16 \ln 2
 
     The gradient is that of :math:`y = x \cdot a + t` with :math:`da / ds = a` (straight-through).
 

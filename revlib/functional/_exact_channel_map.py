@@ -29,7 +29,7 @@ def exact_channel_map(
 
     .. math:: y = W x + b, \qquad W = P L (U + \operatorname{diag}(\sigma d)), \quad
         d = 2^{16} / S, \quad
-        S = \operatorname{round}(2^{16} \exp(-s)) \text{ from } 1 \text{ to } 2^{31}
+        S = \operatorname{round}(2^{16} \exp(-s))
 
     The triangular factors L and U add to each channel what others contribute, rounded to the
     grid, which `exact_channel_map_inverse` takes off again; scaling by d is that of

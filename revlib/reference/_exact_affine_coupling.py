@@ -13,6 +13,7 @@ from revlib.reference._exact_scaling import (
     is_finite,
     ratio_of,
     scale_and_shift,
+    scales_fit,
     unshift_and_unscale,
 )
 from revlib.reference._sums import sum_per_sample
@@ -23,9 +24,10 @@ def exact_affine_coupling(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide_h = widened(h, x)
     raw, shift = raw_and_shift(wide_h, interleaved)
-    s = divisor(log_scale(raw, scale, clamp))
+    log_s = log_scale(raw, scale, clamp)
+    s = divisor(log_s)
     y, overflow = scale_and_shift(x, s, shift, state, bits)
-    return y, -log_ratio(s), overflow | ~is_finite(wide_h)
+    return y, -log_ratio(s), overflow | ~(scales_fit(log_s) & is_finite(wide_h))
 
 
 def exact_affine_coupling_inverse(
@@ -33,9 +35,10 @@ def exact_affine_coupling_inverse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide_h = widened(h, y)
     raw, shift = raw_and_shift(wide_h, interleaved)
-    s = divisor(log_scale(raw, scale, clamp))
+    log_s = log_scale(raw, scale, clamp)
+    s = divisor(log_s)
     x, overflow = unshift_and_unscale(y, s, shift, state, bits)
-    return x, log_ratio(s), overflow | ~is_finite(wide_h)
+    return x, log_ratio(s), overflow | ~(scales_fit(log_s) & is_finite(wide_h))
 
 
 def exact_affine_coupling_backward(

@@ -40,6 +40,7 @@ from revlib.reference._exact_scaling import (
     fits,
     is_finite,
     ratio_of,
+    scales_fit,
     to_whole,
 )
 
@@ -143,7 +144,8 @@ def channel_map_factors(
         shift=shift[:, None],
         # Asked this way round, so that NaN is outside: that of a sign is in upper.
         in_range=(torch.stack((lower, upper)).abs().sum(-1).amax() < LARGEST_ROW_SUM)
-        & is_finite(torch.stack((log_diagonal, shift))),
+        & scales_fit(log_diagonal)
+        & is_finite(shift),
     )
 
 

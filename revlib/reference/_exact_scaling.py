@@ -14,12 +14,16 @@ https://arxiv.org/abs/2111.00965); the state is the information buffer of Maclau
 https://arxiv.org/abs/1502.03492).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 R_BITS = 16
 R = 2**R_BITS
 LARGEST_S = 2**31
+# Of R / S, with S from 1 on: what a log-scale beyond these asks for, no S can give.
+LOG_SCALES = (math.log(R / LARGEST_S), math.log(R))
 # Whole numbers of at most 63 bits hold u * S + q, with q < S, and X * R + r + C.
 STATE_LIMIT = 2**61
 # X * R is below 2**62 in size; r, C and q add less than 2**33 to it.
@@ -28,9 +32,17 @@ STREAM_LIMIT = {torch.float32: 2**24, torch.float64: 2**46}
 
 
 def divisor(log_s: Tensor) -> Tensor:
-    """S, which is whole; 1 where log_s is NaN."""
+    """S, which is whole; of a log_s out of range the nearest, and of NaN 1."""
     s = log_s.neg().exp_().mul_(R).round_()
     return s.nan_to_num_(1.0).clamp_(1, LARGEST_S)
+
+
+def scales_fit(log_s: Tensor) -> Tensor:
+    """Whether all log-scales are in range, and none is NaN."""
+    if log_s.numel() == 0:
+        return log_s.new_ones((), dtype=torch.bool)
+    (low, high), (lowest, highest) = torch.aminmax(log_s), LOG_SCALES
+    return (low >= lowest) & (high <= highest)
 
 
 def ratio_of(s: Tensor) -> Tensor:
