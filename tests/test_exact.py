@@ -754,5 +754,18 @@ def test_exact_may_be_set_anew_and_is_checked():
         chain.exact = "x"
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_exact_is_not_set_where_a_block_could_not_be_rebuilt_as_was_asked(exact):
+    other = Turn() if exact else deep(1)
+    blocks = [coupling(mlp, 2), other]
+    chain = ReversibleSequential(*blocks, policy=["rebuild"] * 2, exact=not exact)
+
+    with pytest.raises(ValueError, match=r"block 1 \(\w+\) (cannot|rounds) .*give it policy"):
+        chain.exact = exact
+
+    assert chain.exact is not exact
+    assert chain.policies() == ["rebuild"] * 2
+
+
 def test_tensors_without_values_pass():
     deep(2).to("meta")(torch.zeros(2, 4, 4, 4, device="meta"))
