@@ -618,6 +618,46 @@ def test_an_empty_batch_passes(name, device):
     assert x.grad.shape == x.shape
 
 
+def hessian_product(chain: ReversibleSequential, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x, *chain.parameters()]
+    gradients = torch.autograd.grad(loss_of(chain(x)), leaves, create_graph=True)
+    return torch.autograd.grad((gradients[0] * v).sum(), leaves)
+
+
+def test_a_stored_chain_that_only_adds_may_be_differentiated_twice(device):
+    chain = exact(CASES["conv-batchnorm"].make(device)).double().eval()
+    chain.policy = "store"
+    (x,) = in_dtype(CASES["conv-batchnorm"].inputs(device), torch.double)
+    v = torch.randn_like(x)
+    floats = copy.deepcopy(chain)
+    floats.exact = False
+
+    got, want = hessian_product(chain, x, v), hessian_product(floats, x, v)
+
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "make"),
+    [
+        ("exact_actnorm", lambda: flows.ActNorm(4)),
+        ("exact_channel_map", lambda: flows.InvertibleConv1x1(4)),
+        ("exact_affine_coupling", lambda: flows.AffineCoupling(nn.Linear(2, 4))),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_stored_chain_that_scales_says_why_it_cannot_be_differentiated_twice(
+    op, make, direction, device
+):
+    chain = flows.FlowSequential(make(), exact=True, policy="store").to(device)
+    x = torch.randn(8, 4, device=device, requires_grad=True)
+    op += "_inverse" * (direction == "inverse")
+
+    with pytest.raises(RuntimeError, match=f"^{op} .*create_graph=True.*exact=False"):
+        torch.autograd.grad(loss_of(getattr(chain, direction)(x)), x, create_graph=True)
+
+
 def test_transforms_of_torch_func_are_refused():
     chain = deep(1, policy="store").eval()
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from revlib.dispatch import gradient_is_recorded
@@ -15,6 +14,7 @@ from revlib.flows.checks import check_channel_count, check_channels
 from revlib.flows.layer import FlowLayer, wide_sum, zeros
 from revlib.flows.lu import LUFactors
 from revlib.functional._checks import check_flags
+from revlib.functional._exact_scaling import check_differentiated_once
 from revlib.reference._actnorm import space, sum_per_channel
 from revlib.replay import autocast_off
 from revlib.streams import Streams, memory_format
@@ -298,8 +298,8 @@ class ExactMapFunction(torch.autograd.Function):
         return result, log_det
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dresult: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("exact_channel_map", ctx.inverse)
         x, matrix = ctx.saved_tensors
         gradients = inverse_gradients_at if ctx.inverse else gradients_at
         with autocast_off(x.device):

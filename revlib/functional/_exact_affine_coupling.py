@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from revlib import reference
 from revlib.dispatch import gradient_is_recorded, kernels_apply_to
@@ -16,7 +15,7 @@ from revlib.functional._checks import (
     check_shape,
     check_tensors,
 )
-from revlib.functional._exact_scaling import check_exact_stream
+from revlib.functional._exact_scaling import check_differentiated_once, check_exact_stream
 
 
 def exact_affine_coupling(
@@ -224,10 +223,10 @@ class ExactAffineCouplingFunction(torch.autograd.Function):
         return result, log_det, overflow
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dresult: Tensor, dlog_det: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("exact_affine_coupling", ctx.inverse)
         x, h = ctx.saved_tensors
         dgiven, dh = gradients(x, h, dresult, dlog_det, ctx.inverse, ctx.options)
         return dgiven, dh, None, None, None

@@ -1,4 +1,4 @@
-"""What ops that scale bit for bit check at the door: the stream, the state and the grid."""
+"""What ops that scale bit for bit check: the stream, the state, the grid, and double backward."""
 
 import torch
 from torch import Tensor
@@ -33,4 +33,13 @@ def check_exact_stream(op: str, name: str, stream: Tensor, state: Tensor, bits: 
         raise ValueError(
             f"{op}: state is written, so its elements need memory of their own; "
             f"got the sizes {list(state.shape)} with the strides {state.stride()}"
+        )
+
+
+def check_differentiated_once(op: str, inverse: bool) -> None:
+    """For the start of a backward pass, in which gradients are on where a graph of it is made."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}{'_inverse' * inverse} cannot be differentiated twice (create_graph=True); "
+            "build the chain with exact=False"
         )
