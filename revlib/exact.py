@@ -94,62 +94,30 @@ class Exact:
         self.note(label, overflow)
         return x
 
-    def affine_coupling(
+    def scale(
         self,
+        op: str,
         x: Tensor,
-        h: Tensor,
+        *parameters: Tensor | None,
         label: str,
-        *,
         inverse: bool,
         first: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the op of this name; `first`: whether `x` is the first half of the stream."""
-        op = functional.exact_affine_coupling
-        if inverse:
-            op = functional.exact_affine_coupling_inverse
-        y, log_det, overflow = op(x, h, self.slot(x, first=first), bits=self.bits, **options)
+        """Runs an op of `revlib.functional`; `first`: whether `x` is the stream's first half."""
+        run = getattr(functional, f"{op}_inverse" if inverse else op)
+        state = self.slot(x, first=first)
+        y, log_det, overflow = run(x, *parameters, state, bits=self.bits, **options)
         self.note(label, overflow)
         return y, log_det
 
-    def affine_coupling_backward(
-        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, *, inverse: bool, **options: Any
+    def scale_backward(
+        self, op: str, y: Tensor, *given: Tensor, inverse: bool, **options: Any
     ) -> Streams:
-        op = functional.exact_affine_coupling_backward
-        if inverse:
-            op = functional.exact_affine_coupling_inverse_backward
-        return op(y, h, self.slot(y), dy, dlog_det, bits=self.bits, **options)
-
-    def actnorm(
-        self, x: Tensor, log_scale: Tensor, bias: Tensor, label: str, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        op = functional.exact_actnorm_inverse if inverse else functional.exact_actnorm
-        y, log_det, overflow = op(x, log_scale, bias, self.slot(x), bits=self.bits)
-        self.note(label, overflow)
-        return y, log_det
-
-    def actnorm_backward(
-        self,
-        y: Tensor,
-        log_scale: Tensor,
-        bias: Tensor,
-        dy: Tensor,
-        dlog_det: Tensor,
-        *,
-        inverse: bool,
-    ) -> Streams:
-        op = functional.exact_actnorm_backward
-        if inverse:
-            op = functional.exact_actnorm_inverse_backward
-        return op(y, log_scale, bias, self.slot(y), dy, dlog_det, bits=self.bits)
-
-    def channel_map(
-        self, x: Tensor, factors: Streams, label: str, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        op = functional.exact_channel_map_inverse if inverse else functional.exact_channel_map
-        y, log_det, overflow = op(x, *factors, self.slot(x), bits=self.bits)
-        self.note(label, overflow)
-        return y, log_det
+        """Goes back through it, given its parameters, dy and dlog_det."""
+        run = getattr(functional, f"{op}_inverse_backward" if inverse else f"{op}_backward")
+        *parameters, dy, dlog_det = given
+        return run(y, *parameters, self.slot(y), dy, dlog_det, bits=self.bits, **options)
 
     def slot(self, x: Tensor, *, first: bool = False) -> Tensor:
         """Returns the part of the state that a scaling of `x` changes, shaped like `x`.
