@@ -10,7 +10,7 @@ from revlib.reference._affine_coupling import (
 )
 from revlib.reference._exact_scaling import (
     divisor,
-    is_finite,
+    has_finite_sum,
     ratio_of,
     scale_and_shift,
     scales_fit,
@@ -27,7 +27,7 @@ def exact_affine_coupling(
     log_s = log_scale(raw, scale, clamp)
     s = divisor(log_s)
     y, overflow = scale_and_shift(x, s, shift, state, bits)
-    return y, -log_ratio(s), overflow | ~(scales_fit(log_s) & is_finite(wide_h))
+    return y, -log_ratio(s), overflow | ~(scales_fit(log_s) & has_finite_sum(wide_h))
 
 
 def exact_affine_coupling_inverse(
@@ -38,7 +38,7 @@ def exact_affine_coupling_inverse(
     log_s = log_scale(raw, scale, clamp)
     s = divisor(log_s)
     x, overflow = unshift_and_unscale(y, s, shift, state, bits)
-    return x, log_ratio(s), overflow | ~(scales_fit(log_s) & is_finite(wide_h))
+    return x, log_ratio(s), overflow | ~(scales_fit(log_s) & has_finite_sum(wide_h))
 
 
 def exact_affine_coupling_backward(

@@ -38,7 +38,7 @@ from revlib.reference._exact_scaling import (
     divide_,
     divisor,
     fits,
-    is_finite,
+    has_finite_sum,
     ratio_of,
     scales_fit,
     to_whole,
@@ -145,7 +145,7 @@ def channel_map_factors(
         # Asked this way round, so that NaN is outside: that of a sign is in upper.
         in_range=(torch.stack((lower, upper)).abs().sum(-1).amax() < LARGEST_ROW_SUM)
         & scales_fit(log_diagonal)
-        & is_finite(shift),
+        & has_finite_sum(shift),
     )
 
 

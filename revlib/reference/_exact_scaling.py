@@ -122,6 +122,6 @@ def fits(values: Tensor, limit: float) -> Tensor:
     return values.amax() < limit
 
 
-def is_finite(values: Tensor) -> Tensor:
-    # A sum is one pass; that of finite values is finite long beyond any stream's range.
+def has_finite_sum(values: Tensor) -> Tensor:
+    """Whether all values are finite, in one pass, unless they are beyond all ranges."""
     return values.sum().isfinite()
