@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from revlib import reference
+from revlib.grid import SCALING_LIMIT
 from revlib.kernels.actnorm import ChannelWalk
-from revlib.kernels.exact_scaling import EXACT, STREAM_LIMIT, R, flag, ratio, transform
+from revlib.kernels.exact_scaling import EXACT, R, flag, ratio, transform
 from revlib.kernels.walk import (
     accumulator,
     new_like,
@@ -105,7 +106,7 @@ def normalize(
             exact_actnorm_kernel[(walk.n_programs,)](
                 x, s, bias, state, y, overflow,
                 *walk.sizes, bias.stride(0), *walk.strides,
-                INVERSE=inverse, STEPS=2.0**bits, LIMIT=STREAM_LIMIT[x.dtype],
+                INVERSE=inverse, STEPS=2.0**bits, LIMIT=SCALING_LIMIT[x.dtype],
                 FLOAT=triton_dtype(dtype), **walk.constants | EXACT,
             )  # fmt: skip
     _, _, n_space, _ = walk.sizes
@@ -140,7 +141,7 @@ def normalize_bwd(
             exact_actnorm_bwd_kernel[(walk.n_programs,)](
                 given, s, bias, state, dy, rebuilt, dx, product_sums, dy_sums,
                 *walk.sizes, bias.stride(0), *walk.strides,
-                INVERSE=inverse, STEPS=2.0**bits, LIMIT=STREAM_LIMIT[given.dtype],
+                INVERSE=inverse, STEPS=2.0**bits, LIMIT=SCALING_LIMIT[given.dtype],
                 FLOAT=triton_dtype(dtype), **walk.constants | EXACT,
             )  # fmt: skip
     products, dbias = ordered_sum(product_sums), ordered_sum(dy_sums)

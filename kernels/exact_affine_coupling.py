@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revlib.grid import SCALING_LIMIT
 from revlib.kernels.affine import log_scale
 from revlib.kernels.affine_coupling import raw_and_shift
 from revlib.kernels.exact_scaling import (
     EXACT,
-    STREAM_LIMIT,
     divisor,
     flag,
     ratio,
@@ -147,7 +147,7 @@ def couple(
             exact_affine_coupling_kernel[(walk.n_programs,)](
                 x, raw, shift, state, y, sums, overflow, *walk.sizes, *walk.strides,
                 INVERSE=inverse, SCALE=scale, CLAMP=clamp, FLOAT=triton_dtype(sums.dtype),
-                STEPS=2.0**bits, LIMIT=STREAM_LIMIT[x.dtype], **walk.constants | EXACT,
+                STEPS=2.0**bits, LIMIT=SCALING_LIMIT[x.dtype], **walk.constants | EXACT,
             )  # fmt: skip
     return y, ordered_sum(sums), overflow
 
@@ -185,7 +185,7 @@ def couple_bwd(
                 *walk.sizes, dlog_det.stride(0), *walk.strides,
                 INVERSE=inverse, SCALE=scale, CLAMP=clamp,
                 FLOAT=triton_dtype(accumulator(given, h)),
-                STEPS=2.0**bits, LIMIT=STREAM_LIMIT[given.dtype], **walk.constants | EXACT,
+                STEPS=2.0**bits, LIMIT=SCALING_LIMIT[given.dtype], **walk.constants | EXACT,
             )  # fmt: skip
     return rebuilt, dx, dh
 

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revlib.grid import SCALING_LIMIT
 from revlib.kernels.actnorm import channel_batch_and_place_strides
 from revlib.kernels.arithmetic import floor_divide
-from revlib.kernels.exact_scaling import R_BITS, STATE_LIMIT, STREAM_LIMIT, R, flag
+from revlib.kernels.exact_scaling import R_BITS, STATE_LIMIT, R, flag
 from revlib.kernels.walk import new_like, offsets, tile, walkable
 
 DIGIT_BITS = tl.constexpr(23)
@@ -210,7 +211,7 @@ class PixelWalk:
         dtype = tensors[0].dtype
         self.constants: dict[str, Any] = {
             "STEPS": 2.0**bits,
-            "LIMIT": STREAM_LIMIT[dtype],
+            "LIMIT": SCALING_LIMIT[dtype],
             "WIDE": dtype == torch.float64,
             "FLAT": n_batch == 1 or all(b == n_space * place for _, b, place in self.strides),
             # A tile may end past the last place, and must not wrap around there.

@@ -7,7 +7,6 @@ compiler does here and not there.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -22,7 +21,6 @@ STATE_LIMIT = tl.constexpr(2.0**61)
 # X * R is below 2**62 in size; r, C and q add less than 2**33 to it.
 WRAP_LIMIT = tl.constexpr(2.0**62 + 2.0**33)
 TWO_TO_63 = tl.constexpr(2.0**63)
-STREAM_LIMIT = {torch.float32: 2.0**24, torch.float64: 2.0**46}
 # For launches, beside what a walk says.
 EXACT = {"enable_fp_fusion": False}
 

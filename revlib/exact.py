@@ -19,11 +19,8 @@ from torch._subclasses import FakeTensor
 
 from revlib import functional, reference
 from revlib.dispatch import gradient_is_recorded
+from revlib.grid import BITS, LIMITS
 from revlib.streams import Streams, in_order_of, memory_format
-
-# The grid is the multiples of 2**-bits. What the mantissa holds beside them is the range.
-BITS = {torch.float32: 12, torch.float64: 32}
-LIMITS = {torch.float32: 2.0**12, torch.float64: 2.0**14}
 
 # Where a state starts: in the middle of what a scaling draws from it, so that the first rounding
 # is up as often as down.

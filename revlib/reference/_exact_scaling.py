@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from revlib.grid import SCALING_LIMIT
+
 R_BITS = 16
 R = 2**R_BITS
 LARGEST_S = 2**31
@@ -28,7 +30,6 @@ LOG_SCALES = (math.log(R / LARGEST_S), math.log(R))
 STATE_LIMIT = 2**61
 # X * R is below 2**62 in size; r, C and q add less than 2**33 to it.
 WRAP_LIMIT = 2**62 + 2**33
-STREAM_LIMIT = {torch.float32: 2**24, torch.float64: 2**46}
 
 
 def divisor(log_s: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def centre(s: Tensor) -> Tensor:
 def in_range(stream: Tensor, bits: int) -> Tensor:
     # A square is one pass where an absolute value takes two, and as exact here: the limit is a
     # power of two.
-    return fits(stream * stream, (STREAM_LIMIT[stream.dtype] / 2**bits) ** 2)
+    return fits(stream * stream, (SCALING_LIMIT[stream.dtype] / 2**bits) ** 2)
 
 
 def fits(values: Tensor, limit: float) -> Tensor:
