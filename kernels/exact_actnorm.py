@@ -15,7 +15,7 @@ from torch import Tensor
 from revlib import reference
 from revlib.grid import SCALING_LIMIT
 from revlib.kernels.actnorm import ChannelWalk
-from revlib.kernels.exact_scaling import EXACT, R, flag, ratio, transform
+from revlib.kernels.exact_scaling import EXACT, R, flag, ratio, transform, walkable_state
 from revlib.kernels.walk import (
     accumulator,
     new_like,
@@ -159,11 +159,9 @@ def exact_actnorm(
     x: Tensor, log_scale: Tensor, bias: Tensor, state: Tensor, inverse: bool, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the log_det and the overflow flag, and writes the state."""
-    x, u = walkable(x, state)
-    results = normalize(x, log_scale, bias, u, inverse, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    (x,) = walkable(x)
+    with walkable_state(state) as u:
+        return normalize(x, log_scale, bias, u, inverse, bits)
 
 
 @exact_actnorm.register_fake
@@ -184,11 +182,9 @@ def exact_actnorm_bwd(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the rebuilt x and the gradients of x, log_scale and bias, and writes the state."""
-    y, dy, u = walkable(y, dy, state)
-    results = normalize_bwd(y, log_scale, bias, u, dy, dlog_det, inverse, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    y, dy = walkable(y, dy)
+    with walkable_state(state) as u:
+        return normalize_bwd(y, log_scale, bias, u, dy, dlog_det, inverse, bits)
 
 
 @exact_actnorm_bwd.register_fake

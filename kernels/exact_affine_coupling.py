@@ -22,6 +22,7 @@ from revlib.kernels.exact_scaling import (
     ratio,
     scale_is_inside,
     transform,
+    walkable_state,
 )
 from revlib.kernels.walk import (
     Walk,
@@ -202,11 +203,9 @@ def exact_affine_coupling(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the log_det and the overflow flag, and writes the state."""
-    x, h, u = walkable(x, h, state)
-    results = couple(x, h, u, inverse, scale, clamp, interleaved, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    x, h = walkable(x, h)
+    with walkable_state(state) as u:
+        return couple(x, h, u, inverse, scale, clamp, interleaved, bits)
 
 
 @exact_affine_coupling.register_fake
@@ -229,11 +228,9 @@ def exact_affine_coupling_bwd(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the rebuilt x and the gradients of x and h, and writes the state."""
-    y, h, dy, u = walkable(y, h, dy, state)
-    results = couple_bwd(y, h, u, dy, dlog_det, inverse, scale, clamp, interleaved, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    y, h, dy = walkable(y, h, dy)
+    with walkable_state(state) as u:
+        return couple_bwd(y, h, u, dy, dlog_det, inverse, scale, clamp, interleaved, bits)
 
 
 @exact_affine_coupling_bwd.register_fake

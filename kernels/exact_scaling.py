@@ -6,11 +6,15 @@ compiler does here and not there.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from revlib.kernels.arithmetic import exp, floor_divide, round_half_even
+from revlib.kernels.walk import walkable
 
 R_BITS = tl.constexpr(16)
 R = tl.constexpr(2**16)
@@ -83,3 +87,12 @@ def flag(overflow_ptr, outside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Writes True if anything is outside, as everyone writes it who meets such a value."""
     everywhere = tl.broadcast_to(overflow_ptr, [ROWS, COLUMNS])
     tl.store(everywhere, tl.full([ROWS, COLUMNS], True, tl.int1), mask=outside)
+
+
+@contextmanager
+def walkable_state(state: Tensor) -> Iterator[Tensor]:
+    """The state, or a copy of it that is written back."""
+    (u,) = walkable(state)
+    yield u
+    if u is not state:
+        state.copy_(u)

@@ -7,14 +7,7 @@ from torch import Tensor
 
 from revlib import reference
 from revlib.dispatch import gradient_is_recorded, kernels_apply_to
-from revlib.functional._affine_coupling import SCALES
-from revlib.functional._checks import (
-    check_choice,
-    check_flags,
-    check_positive,
-    check_shape,
-    check_tensors,
-)
+from revlib.functional import _affine_coupling
 from revlib.functional._exact_scaling import check_differentiated_once, check_exact_stream
 
 
@@ -193,17 +186,10 @@ def checked(
     state: Tensor,
     **tensors: Tensor,
 ) -> Options:
-    check_tensors(op, **tensors)
-    check_choice(op, "scale", scale, SCALES)
-    check_positive(op, "clamp", clamp)
-    check_flags(op, interleaved=interleaved)
-    (name, stream), (_, h), *gradients = tensors.items()
+    options = _affine_coupling.checked(op, scale, clamp, interleaved, False, **tensors)
+    name, stream = next(iter(tensors.items()))
     check_exact_stream(op, name, stream, state, bits)
-    batch, channels, *space = stream.shape
-    check_shape(op, "h", h, (batch, 2 * channels, *space), f"[batch, 2 * channels, ...] of {name}")
-    for (gradient_name, gradient), shape in zip(gradients, (stream.shape, (batch,)), strict=False):
-        check_shape(op, gradient_name, gradient, shape, "shaped like what it is the gradient of")
-    return Options(scale, float(clamp), interleaved, bits)
+    return Options(*options, bits)
 
 
 class ExactAffineCouplingFunction(torch.autograd.Function):
