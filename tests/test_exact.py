@@ -499,6 +499,19 @@ def test_a_full_state_raises_and_a_recomputed_block_empties_it():
     assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
 
 
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+@pytest.mark.parametrize("log_scale", [11.2, -10.5])
+def test_a_scale_out_of_range_raises_and_names_the_block(log_scale, policy):
+    layers = [flows.DiagonalScaling((4,)) for _ in range(3)]
+    nn.init.constant_(layers[1].log_scale, log_scale)
+    chain = flows.FlowSequential(*layers, exact=True, policy=policy)
+
+    with pytest.raises(
+        OverflowError, match=r"block 1 \(DiagonalScaling\): .*log-scales from -10.397 to 11.09"
+    ):
+        chain(torch.zeros(2, 4))
+
+
 class Turn(InvertibleModule):
     """A block of the user's own, which knows nothing of exact arithmetic."""
 
@@ -603,6 +616,46 @@ def test_an_empty_batch_passes(name, device):
     loss_of(chain(x)).backward()
 
     assert x.grad.shape == x.shape
+
+
+def hessian_product(chain: ReversibleSequential, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x, *chain.parameters()]
+    gradients = torch.autograd.grad(loss_of(chain(x)), leaves, create_graph=True)
+    return torch.autograd.grad((gradients[0] * v).sum(), leaves)
+
+
+def test_a_stored_chain_that_only_adds_may_be_differentiated_twice(device):
+    chain = exact(CASES["conv-batchnorm"].make(device)).double().eval()
+    chain.policy = "store"
+    (x,) = in_dtype(CASES["conv-batchnorm"].inputs(device), torch.double)
+    v = torch.randn_like(x)
+    floats = copy.deepcopy(chain)
+    floats.exact = False
+
+    got, want = hessian_product(chain, x, v), hessian_product(floats, x, v)
+
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "make"),
+    [
+        ("exact_actnorm", lambda: flows.ActNorm(4)),
+        ("exact_channel_map", lambda: flows.InvertibleConv1x1(4)),
+        ("exact_affine_coupling", lambda: flows.AffineCoupling(nn.Linear(2, 4))),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_stored_chain_that_scales_says_why_it_cannot_be_differentiated_twice(
+    op, make, direction, device
+):
+    chain = flows.FlowSequential(make(), exact=True, policy="store").to(device)
+    x = torch.randn(8, 4, device=device, requires_grad=True)
+    op += "_inverse" * (direction == "inverse")
+
+    with pytest.raises(RuntimeError, match=f"^{op} .*create_graph=True.*exact=False"):
+        torch.autograd.grad(loss_of(getattr(chain, direction)(x)), x, create_graph=True)
 
 
 def test_transforms_of_torch_func_are_refused():
@@ -739,6 +792,19 @@ def test_exact_may_be_set_anew_and_is_checked():
     assert "exact" not in repr(chain)
     with pytest.raises(TypeError, match="exact must be True or False; got 'x'"):
         chain.exact = "x"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_exact_is_not_set_where_a_block_could_not_be_rebuilt_as_was_asked(exact):
+    other = Turn() if exact else deep(1)
+    blocks = [coupling(mlp, 2), other]
+    chain = ReversibleSequential(*blocks, policy=["rebuild"] * 2, exact=not exact)
+
+    with pytest.raises(ValueError, match=r"block 1 \(\w+\) (cannot|rounds) .*give it policy"):
+        chain.exact = exact
+
+    assert chain.exact is not exact
+    assert chain.policies() == ["rebuild"] * 2
 
 
 def test_tensors_without_values_pass():

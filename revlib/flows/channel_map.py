@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from revlib.dispatch import gradient_is_recorded
@@ -15,9 +14,12 @@ from revlib.flows.checks import check_channel_count, check_channels
 from revlib.flows.layer import FlowLayer, wide_sum, zeros
 from revlib.flows.lu import LUFactors
 from revlib.functional._checks import check_flags
+from revlib.functional._exact_scaling import check_differentiated_once
 from revlib.reference._actnorm import space, sum_per_channel
 from revlib.replay import autocast_off
 from revlib.streams import Streams, memory_format
+
+EXACT_OP = "exact_channel_map"
 
 # From the gradients of weights to parameters, each with its gradient.
 Gradients = list[tuple[Tensor, Tensor]]
@@ -82,8 +84,9 @@ class ChannelMap(FlowLayer):
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
         with autocast_off(y.device):
             if evaluate.exact is not None:
-                factors = evaluate.factors(self)
-                x, _ = evaluate.exact.channel_map(y, factors, evaluate.label, inverse=True)
+                x, _ = evaluate.exact.scale(
+                    EXACT_OP, y, *evaluate.factors(self), label=evaluate.label, inverse=True
+                )
             else:
                 x = mapped(y, *inverted(matrix, bias))
             dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
@@ -97,8 +100,9 @@ class ChannelMap(FlowLayer):
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
         with autocast_off(x.device):
             if evaluate.exact is not None:
-                factors = evaluate.factors(self)
-                y, _ = evaluate.exact.channel_map(x, factors, evaluate.label, inverse=False)
+                y, _ = evaluate.exact.scale(
+                    EXACT_OP, x, *evaluate.factors(self), label=evaluate.label, inverse=False
+                )
             else:
                 y = mapped(x, matrix, bias)
             dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
@@ -119,7 +123,9 @@ class ChannelMap(FlowLayer):
         inverse: bool,
     ) -> tuple[Tensor, Tensor]:
         def run(x: Tensor) -> tuple[Tensor, Tensor]:
-            return evaluate.exact.channel_map(x, factors, evaluate.label, inverse=inverse)
+            return evaluate.exact.scale(
+                EXACT_OP, x, *factors, label=evaluate.label, inverse=inverse
+            )
 
         factors = evaluate.factors(self)
         if gradient_is_recorded(x, matrix):
@@ -298,8 +304,8 @@ class ExactMapFunction(torch.autograd.Function):
         return result, log_det
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dresult: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once(EXACT_OP, ctx.inverse)
         x, matrix = ctx.saved_tensors
         gradients = inverse_gradients_at if ctx.inverse else gradients_at
         with autocast_off(x.device):
