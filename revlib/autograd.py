@@ -461,9 +461,11 @@ class BlockFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         node, leg, tape = ctx.node, ctx.node.leg, ctx.tape
         if torch.is_grad_enabled():
+            scales = tape.exact is not None and tape.exact.used
+            remedy = "policy='store'" + ", and exact=False, for the chain scales" * bool(scales)
             raise RuntimeError(
                 f"{leg.label}: a rebuilt or recomputed block cannot be differentiated twice "
-                "(create_graph=True); give it policy='store'"
+                f"(create_graph=True); give it {remedy}"
             )
         context, state, sample, *saved = ctx.saved_tensors
         kept = tuple(saved[: ctx.n_kept])

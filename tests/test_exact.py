@@ -658,6 +658,20 @@ def test_a_stored_chain_that_scales_says_why_it_cannot_be_differentiated_twice(
         torch.autograd.grad(loss_of(getattr(chain, direction)(x)), x, create_graph=True)
 
 
+@pytest.mark.parametrize(
+    ("make", "channels", "remedy"),
+    [(deep, 4, "policy='store'$"), (glow, 2, "policy='store', and exact=False")],
+)
+def test_a_rebuilt_chain_says_what_it_takes_to_be_differentiated_twice(
+    make, channels, remedy, device
+):
+    chain = make(2).to(device)
+    x = torch.randn(2, channels, 8, 8, device=device, requires_grad=True)
+
+    with pytest.raises(RuntimeError, match=remedy):
+        torch.autograd.grad(loss_of(chain(x)), x, create_graph=True)
+
+
 def test_transforms_of_torch_func_are_refused():
     chain = deep(1, policy="store").eval()
 
