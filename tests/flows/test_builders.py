@@ -185,6 +185,18 @@ def test_subnet_constructor_is_told_the_channels(make, sizes):
     assert flow.log_prob(torch.randn(3, 5)).shape == (3,)
 
 
+@pytest.mark.parametrize("make", [flows.nice, flows.realnvp, flows.glow, flows.spline_flow])
+@pytest.mark.parametrize("sizes", [[2], [1, 4, 4]], ids=str)
+def test_a_shape_may_be_a_list(make, sizes):
+    options = {} if len(sizes) == 1 or make is flows.nice else {"levels": 1}
+
+    flow = make(sizes, hidden=4, **options)
+
+    assert str(flow) == str(make((*sizes,), hidden=4, **options))
+    assert flow.log_prob(torch.randn(3, *sizes)).shape == (3,)
+    assert flow.sample(3).shape == (3, *sizes)
+
+
 @pytest.mark.parametrize(
     ("make", "shape", "defaults"),
     [

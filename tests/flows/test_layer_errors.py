@@ -288,10 +288,13 @@ ARGUMENTS = {
         "ResidualConvNet: blocks must be an integer; got 1.5",
     ),
     # Builders
-    "shape-list": Bad(
-        lambda: flows.nice([3]),
+    "shape-integer": Bad(
+        lambda: flows.nice(3),
         ValueError,
-        "nice: shape must be (channels, height, width) or (features,); got [3]",
+        "nice: shape must be (channels, height, width) or (features,); got 3",
+    ),
+    "shape-of-truth": Bad(
+        lambda: flows.nice((True, 4, 4)), ValueError, "nice: shape must be (channels, height,"
     ),
     "shape-matrix": Bad(
         lambda: flows.realnvp((3, 3)), ValueError, "realnvp: shape must be (channels, height,"
@@ -482,7 +485,14 @@ ARGUMENTS = {
     "subnet-constructor": Bad(
         lambda: flows.nice((4,), subnet_constructor=3),
         TypeError,
-        "subnet_constructor must be a function of two numbers; got int",
+        "subnet_constructor must be a function of two numbers, which builds the conditioner of "
+        "each coupling; got int",
+    ),
+    "subnet-constructor-built": Bad(
+        lambda: flows.glow((4,), subnet_constructor=net(2, 4)),
+        TypeError,
+        "subnet_constructor must be a function of two numbers, which builds the conditioner of "
+        "each coupling; got Linear",
     ),
 }
 
