@@ -31,7 +31,8 @@ class Flow(nn.Module):
         shape: The shape of one sample; by default that of the first x.
 
     Shape:
-        x is [batch, *shape], floating or whole numbers. A `context` is [batch, ...].
+        x is [batch, *shape], floating or whole numbers. A `context` is [batch, ...], or [1, ...]
+        for all samples alike.
 
     Raises:
         NonFiniteError: On a CPU, if a log density comes out infinite or NaN: it names the layer.
@@ -82,6 +83,8 @@ class Flow(nn.Module):
         """Returns the log density of each sample in nats, [batch]."""
         refuse_sharded_start(self)
         x = self._checked(x)
+        check_context(context, len(x))
+        context = self._context(len(x), context)
         z, log_det = self.transform(x, context)
         log_prob = self._base_log_prob(z, log_det) + log_det
         if is_known_nonfinite(log_prob):

@@ -145,6 +145,21 @@ def test_one_row_of_context_serves_all_samples(device):
     torch.testing.assert_close(x, of_copies)
 
 
+def test_one_row_of_context_serves_all_densities_and_receives_their_gradients(device):
+    case = CASES["realnvp-odd-context"]
+    flow, (x, _) = case.build(device), case.inputs(device, batch=4)
+    row = case.contexts(device, batch=1)[0].requires_grad_()
+    copies = row.detach().repeat(4, 1).requires_grad_()
+
+    of_row, of_copies = flow.log_prob(x, row), flow.log_prob(x, copies)
+    of_row.sin().sum().backward()
+    of_copies.sin().sum().backward()
+
+    torch.testing.assert_close(of_row, of_copies)
+    torch.testing.assert_close(row.grad, copies.grad.sum(0, keepdim=True))
+    assert row.grad.any()
+
+
 def test_a_flow_without_shapes_learns_them_from_the_first_batch():
     flow = flows.Flow(flows.FlowSequential(flows.Squeeze(), flows.Split()))
 

@@ -701,7 +701,12 @@ INPUTS = {
     "context-rows": Bad(
         lambda: vector_flow(3).log_prob(x(5, 2), x(4, 3)),
         ValueError,
-        "context must be [5, 3]; got [4, 3]",
+        "context must have one row for each of 5 samples, or one for all; got 4",
+    ),
+    "context-scalar": Bad(
+        lambda: vector_flow(3).log_prob(x(5, 2), torch.tensor(1.0)),
+        ValueError,
+        "context must have one row for each of 5 samples, or one for all; got a scalar",
     ),
     "context-rows-of-samples": Bad(
         lambda: vector_flow(3).sample(5, x(4, 3)),
