@@ -151,12 +151,15 @@ class Flow(nn.Module):
         if x.ndim < 2 or (self.shape and self.shape != tuple(x.shape[1:])):
             sizes = "..." if self.shape is None else ", ".join(map(str, self.shape))
             raise ValueError(f"x must be [batch, {sizes}]; got {list(x.shape)}")
-        if x.is_floating_point():
-            return x
         if x.is_complex():
             raise TypeError(f"x must be floating point or whole numbers; got {x.dtype}")
-        floats = (p.dtype for p in self.parameters() if p.is_floating_point())
-        return x.to(next(floats, torch.get_default_dtype()))
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        if not x.is_floating_point():
+            return x.to(dtype or torch.get_default_dtype())
+        # Autocast, and conditioners that cast, take other dtypes up to float32, and never float64.
+        if dtype not in (None, x.dtype) and torch.double in (dtype, x.dtype):
+            raise TypeError(f"x must be {dtype}, as the flow's parameters are; got {x.dtype}")
+        return x
 
     def _base_log_prob(self, z: Latent, log_det: Tensor) -> Tensor:
         log_prob = self.base.log_prob(z)

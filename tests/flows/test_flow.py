@@ -78,6 +78,27 @@ def test_autocast_rounds_nothing_of_log_prob_but_what_conditioners_return(device
     torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=1e-6, atol=1e-5)
 
 
+def test_half_precision_data_need_no_half_precision_flow_under_autocast(device):
+    flow = CASES["realnvp"].build(device, torch.float32)
+    x = torch.randn(5, 2, device=device).bfloat16()
+
+    with torch.autocast(device.type, torch.bfloat16):
+        log_prob = flow.log_prob(x)
+
+    # Two digits are what the conditioners' bfloat16 leaves.
+    torch.testing.assert_close(log_prob, flow.log_prob(x.float()), rtol=0.02, atol=0.02)
+
+
+def test_a_flow_without_parameters_takes_any_dtype():
+    flow = flows.Flow(flows.Affine(0.0, 2.0), shape=(2,))
+    x = torch.randn(5, 2).double()
+
+    log_prob = flow.log_prob(x)
+
+    assert log_prob.dtype == torch.double
+    torch.testing.assert_close(log_prob, Normal(0, 2).log_prob(x).sum(1))
+
+
 def test_samples_have_the_moments_of_the_density():
     flow, truth = linear_flow()
 

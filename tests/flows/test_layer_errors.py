@@ -720,6 +720,16 @@ INPUTS = {
     "sample-without-batch": Bad(
         lambda: vector_flow().log_prob(x(2)), ValueError, "x must be [batch, 2]; got [2]"
     ),
+    "sample-double": Bad(
+        lambda: vector_flow().log_prob(x(5, 2).double()),
+        TypeError,
+        "x must be torch.float32, as the flow's parameters are; got torch.float64",
+    ),
+    "sample-single": Bad(
+        lambda: vector_flow().double().log_prob(x(5, 2)),
+        TypeError,
+        "x must be torch.float64, as the flow's parameters are; got torch.float32",
+    ),
     "sample-list": Bad(
         lambda: vector_flow().log_prob([1.0]), TypeError, "x must be a tensor; got list"
     ),
