@@ -25,7 +25,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's own form)
-    has_rsample = True
 
     def __init__(self, flow: "Flow", shape: tuple[int, ...], context: Tensor | None) -> None:
         self.flow = flow
@@ -35,12 +34,25 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
+        levels = self.flow.levels
+        each = constraints.real if levels is None else constraints.integer_interval(0, levels - 1)
+        return constraints.independent(each, len(self.event_shape))
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.flow.levels is None
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        with torch.no_grad():
+            return self._draw(sample_shape)
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
-        n = math.prod(shape[: len(shape) - len(self.event_shape)])
-        return self.flow.sample(n, self._rows(n)).view(shape)
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"rsample needs samples that are real numbers; got a flow of {self.flow.levels} "
+                "levels, whose whole numbers carry no gradients; use sample"
+            )
+        return self._draw(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         n_event = len(self.event_shape)
@@ -58,6 +70,11 @@ class FlowDistribution(Distribution):
             ) from None
         rows = value.expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
         return self.flow.log_prob(rows, self._rows(len(rows))).view(shape)
+
+    def _draw(self, sample_shape: tuple[int, ...]) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        n = math.prod(shape[: len(shape) - len(self.event_shape)])
+        return self.flow.sample(n, self._rows(n)).view(shape)
 
     def _rows(self, n: int) -> Tensor | None:
         """Returns a row of the context for each of n samples."""

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from revlib.finite import NonFiniteError, is_known_nonfinite
-from revlib.flows.actnorm import refuse_sharded_start
+from revlib.flows.actnorm import ActNorm, refuse_sharded_start
 from revlib.flows.base import Base, StandardNormal, TorchBase
 from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
 from revlib.flows.layer import FlowLayer, Latent
+from revlib.flows.preprocessing import Dequantize
 from revlib.flows.sequential import FlowSequential
 from revlib.replay import modes_set, parts_of
 
@@ -75,6 +76,12 @@ class Flow(nn.Module):
         self.base = base
         self.shape = None if shape is None else checked_shape("Flow", shape)
 
+    @property
+    def levels(self) -> int | None:
+        """How many whole numbers, from 0 up, a `Dequantize` knows; None without one."""
+        found = (part for part in parts_of(self.transform) if isinstance(part, Dequantize))
+        return next((part.levels for part in found), None)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Is `log_prob`, so that wrappers of modules, such as DDP, find what to wrap."""
         return self.log_prob(x, context)
@@ -112,21 +119,32 @@ class Flow(nn.Module):
     def sample(self, n: int, context: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
         """Draws n samples, [n, *shape]; gradients reach the parameters and the context.
 
+        Samples that are whole numbers, of a flow with a :class:`revlib.flows.Dequantize`, carry
+        no gradients.
+
         Args:
             n: How many.
             context: The conditioning input of each of them, [n, ...], or of all, [1, ...].
             temperature: The standard deviation of the latent: below 1 for less varied samples.
         """
         x, _ = self._run_inverse(self._latent(n, context, temperature), n, context)
-        return x
+        return x if self.levels is None else x.detach()
 
     def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws n samples and returns them with their log densities, by one pass.
+
+        Of whole numbers, which the pass rounds to, the log density is what `log_prob` says of
+        them: by a second pass, under noise of its own, so that it is another one each time.
 
         Args:
             n: How many.
             context: As for `sample`.
         """
+        if self.levels is not None:
+            x = self.sample(n, context)
+            norms = [part for part in parts_of(self.transform) if isinstance(part, ActNorm)]
+            with modes_set(norms, [False] * len(norms)):  # samples are no first batch
+                return x, self.log_prob(x, context)
         z = self._latent(n, context)
         x, log_det = self._run_inverse(z, n, context)
         return x, self._base_log_prob(z, log_det) - log_det

@@ -190,6 +190,76 @@ def test_a_flow_without_shapes_learns_them_from_the_first_batch():
     assert flow.distribution().event_shape == (2, 4, 4)
 
 
+# Samples that are whole numbers
+
+
+def scaled_pixels() -> flows.Flow:
+    """Four levels, whose samples are mostly not the likeliest ones of their cell."""
+    torch.manual_seed(0)
+    base = Independent(Normal(torch.full((3,), 0.4), 0.3), 1)
+    return flows.Flow(flows.Dequantize(4), base, shape=(3,))
+
+
+def test_log_densities_of_whole_numbers_are_those_of_the_numbers_and_not_of_what_was_rounded(
+    monkeypatch,
+):
+    flow = scaled_pixels()
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+
+    x, log_prob = flow.sample_and_log_prob(100)
+
+    by_hand = Normal(0.4, 0.3).log_prob((x + 0.5) / 4).sum(1) - 3 * math.log(4)
+    assert torch.equal(x, x.round())
+    torch.testing.assert_close(log_prob, by_hand, rtol=0, atol=1e-4)
+
+
+def test_gradients_of_log_densities_of_whole_numbers_are_those_of_log_prob():
+    flow = CASES["glow-image-levels"].build()
+
+    torch.manual_seed(1)
+    x, log_prob = flow.sample_and_log_prob(5)
+    got = torch.autograd.grad(log_prob.sum(), [*flow.parameters()])
+    torch.manual_seed(1)
+    flow.sample(5)
+    want = torch.autograd.grad(flow.log_prob(x).sum(), [*flow.parameters()])
+
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not x.requires_grad
+
+
+def test_whole_numbers_that_an_untrained_flow_draws_decide_nothing():
+    flow = flows.glow((1, 4, 4), levels=2, steps=1, hidden=4, dequantize=256)
+    before = copy.deepcopy(flow.state_dict())
+
+    flow.sample_and_log_prob(20)
+
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    assert all(part.training for part in flow.modules())
+
+
+def test_a_distribution_of_whole_numbers_has_their_interval_and_no_rsample():
+    distribution = scaled_pixels().distribution()
+
+    x = distribution.sample((50,))
+
+    assert not distribution.has_rsample
+    assert distribution.support.is_discrete
+    assert distribution.support.check(x).all()
+    for wrong in (-1.0, 0.5, 4.0):
+        assert not distribution.support.check(torch.tensor([0.0, 1.0, wrong]))
+    with pytest.raises(NotImplementedError, match="rsample needs samples that are real numbers"):
+        distribution.rsample()
+
+
+def test_a_distribution_of_real_numbers_has_rsample_and_their_support():
+    distribution = linear_flow()[0].distribution()
+
+    assert distribution.has_rsample
+    assert not distribution.support.is_discrete
+    assert distribution.support.check(torch.tensor([-1.0, 0.5, 400.0]))
+
+
 # Bases of one's own
 
 
