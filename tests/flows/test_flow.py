@@ -353,6 +353,78 @@ def test_samples_of_a_distribution_follow_their_rows_of_the_context():
     assert (means[0] - means[2]).abs().max() > 1
 
 
+def test_an_expanded_distribution_is_a_batch_of_the_same():
+    flow, truth = linear_flow()
+    distribution = flow.distribution().expand((2, 4))
+    x = torch.randn(5, 2, 4, 3).double()
+
+    samples = distribution.sample((10_000,))
+
+    assert (distribution.batch_shape, distribution.event_shape) == ((2, 4), (3,))
+    torch.testing.assert_close(distribution.log_prob(x), truth.log_prob(x))
+    assert samples.shape == (10_000, 2, 4, 3)
+    # Six standard errors of a mean of 10,000, for a spread of about 3: each draws its own.
+    torch.testing.assert_close(samples.mean(0), truth.mean.expand(2, 4, 3), rtol=0, atol=0.2)
+    assert len(samples.unique()) == samples.numel()
+
+
+def test_an_expanded_distribution_keeps_the_rows_of_its_context():
+    case = CASES["realnvp-odd-context"]
+    flow, (x, context) = case.build(), case.inputs(batch=4)
+    distribution = flow.distribution(context).expand((3, 4))
+
+    torch.manual_seed(1)
+    samples = distribution.sample((2,))
+    torch.manual_seed(1)
+    of_rows = flow.sample(24, context.repeat(6, 1)).view(2, 3, 4, *case.shape)
+    log_prob = distribution.log_prob(x)
+
+    assert distribution.batch_shape == (3, 4)
+    torch.testing.assert_close(samples, of_rows)
+    torch.testing.assert_close(log_prob, flow.log_prob(x, context).expand(3, 4))
+    assert distribution.expand((2, 3, 4)).log_prob(x).shape == (2, 3, 4)
+
+
+def test_a_context_of_one_row_is_expanded_to_a_batch():
+    case = CASES["realnvp-odd-context"]
+    flow, (x, _) = case.build(), case.inputs(batch=4)
+    (row,) = case.contexts(batch=1)
+
+    log_prob = flow.distribution(row).expand((4,)).log_prob(x)
+
+    torch.testing.assert_close(log_prob, flow.log_prob(x, row))
+
+
+def test_torch_makes_one_event_of_a_batch_of_flows():
+    case = CASES["realnvp-odd-context"]
+    flow, (x, context) = case.build(), case.inputs(batch=4)
+
+    together = Independent(flow.distribution(context), 1).expand((2,))
+
+    torch.testing.assert_close(together.log_prob(x), flow.log_prob(x, context).sum().expand(2))
+
+
+WITHOUT_FORMULA = {
+    "mean": lambda distribution: distribution.mean,
+    "mode": lambda distribution: distribution.mode,
+    "variance": lambda distribution: distribution.variance,
+    "stddev": lambda distribution: distribution.stddev,
+    "entropy": lambda distribution: distribution.entropy(),
+    "perplexity": lambda distribution: distribution.perplexity(),
+    "cdf": lambda distribution: distribution.cdf(torch.zeros(3)),
+    "icdf": lambda distribution: distribution.icdf(torch.zeros(3)),
+    "enumerate_support": lambda distribution: distribution.enumerate_support(),
+}
+
+
+@pytest.mark.parametrize("ask", WITHOUT_FORMULA.values(), ids=WITHOUT_FORMULA)
+def test_what_a_flow_has_no_formula_for_says_so(ask):
+    distribution = linear_flow()[0].distribution()
+
+    with pytest.raises(NotImplementedError, match="a flow has no formula for it; average over"):
+        ask(distribution)
+
+
 def test_rsample_has_gradients_and_sample_has_none():
     case = CASES["realnvp-odd-context"]
     flow, (context,) = case.build(), case.contexts()
