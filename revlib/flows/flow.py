@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import ActNorm, refuse_sharded_start
-from revlib.flows.base import Base, StandardNormal, TorchBase
+from revlib.flows.base import Base, StandardNormal, TorchBase, takes_temperature
 from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
 from revlib.flows.layer import FlowLayer, Latent
@@ -192,8 +192,14 @@ class Flow(nn.Module):
         check_context(context, n)
         if isinstance(self.base, StandardNormal) and not self.base.shapes and self.shape:
             self._find_latent_shapes(context)
-        # Another base may know no temperature.
-        return self.base.sample(n, **({} if temperature == 1 else {"temperature": temperature}))
+        if temperature == 1:
+            return self.base.sample(n)
+        if not takes_temperature(self.base):
+            raise ValueError(
+                "temperature must be 1 where the base's sample takes none; "
+                f"got {temperature} with {type(self.base).__name__}"
+            )
+        return self.base.sample(n, temperature=temperature)
 
     def _find_latent_shapes(self, context: Tensor | None) -> None:
         """Shows the base the latent of a sample, and leaves no other trace."""

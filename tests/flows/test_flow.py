@@ -308,6 +308,17 @@ def test_a_module_serves_as_base_and_is_trained():
     torch.testing.assert_close(base.mean.grad, (base.mean - z.mean(0)).detach())
 
 
+def test_a_base_that_takes_a_temperature_among_others_is_given_it():
+    class Cooled(flows.StandardNormal):
+        def sample(self, n: int, **options: float) -> Tensor:
+            return super().sample(n, **options)
+
+    flow = flows.Flow(flows.Affine(1.0, 2.0), Cooled((3,)))
+
+    assert torch.equal(flow.sample(4, temperature=0), torch.ones(4, 3))
+    assert flow.sample(4).unique().numel() == 12
+
+
 # As a torch.distributions.Distribution
 
 

@@ -64,6 +64,16 @@ class WrongInverse(flows.FlowLayer):
         return z, z.new_zeros(len(z))
 
 
+class Uniform01(nn.Module):
+    """A base of the user's own, which knows no temperature."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return z.new_zeros(len(z))
+
+    def sample(self, n: int) -> Tensor:
+        return torch.rand(n, 2)
+
+
 def x(*shape: int) -> Tensor:
     return torch.randn(shape)
 
@@ -758,6 +768,11 @@ INPUTS = {
         lambda: flows.Flow(flows.ActNorm(2), normal(2)).sample(3, temperature=0.5),
         ValueError,
         "temperature is for a standard normal base; got 0.5 with Independent",
+    ),
+    "temperature-of-a-base-of-the-user": Bad(
+        lambda: flows.Flow(flows.ActNorm(2), Uniform01()).sample(3, temperature=0.5),
+        ValueError,
+        "temperature must be 1 where the base's sample takes none; got 0.5 with Uniform01",
     ),
     "samples-of-unknown-shape": Bad(
         lambda: flows.Flow(flows.ActNorm(2)).sample(3),
