@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.flow_images import Pictures, batches, dequantized, read_pictures
 from benchmarks.flow_stacks import count_parameters, glow_step
+from benchmarks.pairing import OF_SEED
 from benchmarks.peers import FOLDER
 from revlib import flows
 from revlib.benchmarking import measure
@@ -43,6 +44,18 @@ class Plan:
     iterations: int = 1000
     lr: float = 2e-3
     seeds: int = 3
+
+    @property
+    def images(self) -> str:
+        return f"averaged to {self.size}x{self.size}"
+
+    @property
+    def model(self) -> str:
+        return f"{self.levels} levels of {self.steps} steps, {self.hidden} hidden channels"
+
+    @property
+    def title(self) -> str:
+        return f"Glow on images {self.images}: {self.model}"
 
 
 QUICK = Plan(size=8, steps=1, hidden=4, n_train=16, n_test=8, batch=4, iterations=2, seeds=2)
@@ -156,8 +169,8 @@ def pictures(data, plan) -> Pictures:
     return read_pictures(data, plan.size, plan.n_train, plan.n_test)
 
 
-@pytest.mark.benchmark(group="Glow trained on images")
 def bench_likelihood(benchmark, method, plan, pictures, data, rounds):
+    benchmark.group = plan.title
     if method.startswith(PEER):
         sys.path.insert(0, str(FOLDER / method))
     bits = []
@@ -177,11 +190,16 @@ def bench_likelihood(benchmark, method, plan, pictures, data, rounds):
 
     benchmark.extra_info.update(
         {
-            "held-out bits/dim": f"{statistics.mean(bits):.3f}",
-            "  its standard error": f"{statistics.stdev(bits) / len(bits) ** 0.5:.3f}",
-            **{f"  of seed {seed}": f"{each:.3f}" for seed, each in enumerate(bits)},
-            "parameters": f"{count_parameters(trainee.model):,}",
-            "trained on": f"{data.name}, {plan.iterations} batches of {plan.batch}",
+            "held-out bits/dim": f"{statistics.mean(bits):.4f}",
+            "  its standard error": f"{statistics.stdev(bits) / len(bits) ** 0.5:.4f}",
+            **{f"{OF_SEED}{seed}": f"{each:.4f}" for seed, each in enumerate(bits)},
+            "model": plan.model,
+            "  parameters": f"{count_parameters(trainee.model):,}",
+            "trained on": f"{plan.n_train:,} images of {data.name}",
+            "  which are": plan.images,
+            "  batches": f"{plan.iterations} of {plan.batch}",
+            "  learning rate": f"{plan.lr:g}, falling to 0 in a line",
+            "held out": f"{plan.n_test:,} images",
         }
     )
     measure(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.flow_images import Pictures, batches, dequantized, read_pictures
-from benchmarks.flow_stacks import glow_step
+from benchmarks.flow_stacks import count_parameters, glow_step
 from revlib import flows
 
 DEPTHS = [32, 128]
@@ -34,6 +34,14 @@ class Plan:
     iterations: int = 200
     warm_up: int = 50
     lr: float = 5e-4
+
+    @property
+    def images(self) -> str:
+        return f"averaged to {self.size}x{self.size}"
+
+    @property
+    def title(self) -> str:
+        return f"rounding, images {self.images}: Glow steps of {self.hidden} hidden channels"
 
 
 QUICK = Plan(size=4, hidden=4, n_train=8, batch=4, iterations=2, warm_up=2)
@@ -75,8 +83,8 @@ def pictures(data, plan) -> Pictures:
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.benchmark(group="rounding in a trained chain of Glow steps, float32")
-def bench_rounding(benchmark, depth, plan, pictures):
+def bench_rounding(benchmark, depth, plan, pictures, data):
+    benchmark.group = plan.title
     rebuilding = build(plan, depth, "rebuild")
     train(rebuilding, plan, pictures.train)
     storing = build(plan, depth, "store")
@@ -97,5 +105,11 @@ def bench_rounding(benchmark, depth, plan, pictures):
             "gradients, rebuild": relative_error(rebuilt, right),
             "gradients, store": relative_error(stored, right),
             "gradients, rebuild from store": relative_error(rebuilt, stored),
+            "model": f"{depth} Glow steps, {plan.hidden} hidden channels, float32",
+            "  parameters": f"{count_parameters(rebuilding):,}",
+            "trained on": f"{plan.n_train:,} images of {data.name}",
+            "  which are": plan.images,
+            "  batches": f"{plan.iterations} of {plan.batch}",
+            "  learning rate": f"{plan.lr:g} after {plan.warm_up} batches",
         }
     )

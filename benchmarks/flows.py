@@ -9,8 +9,10 @@ a multiple of it, in color. A part alone, such as the one that runs out of memor
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
+from benchmarks.pairing import add_differences
 from benchmarks.parts import Parts
 from benchmarks.peers import HERE
 
@@ -28,6 +30,7 @@ FLOWS = Parts(
         "rounding": [],
         "memory_limit": [],
     },
+    compare=partial(add_differences, reference="rebuild"),
 )
 
 if __name__ == "__main__":

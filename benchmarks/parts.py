@@ -10,14 +10,14 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.peers import HERE, install, run
-from revlib.benchmarking.records import read
+from revlib.benchmarking.records import Report, read
 from revlib.benchmarking.report import to_terminal, write
 
 
@@ -31,6 +31,7 @@ class Parts:
         prefix: What the names of its files begin with, before that of the part.
         out: Where results go unless asked otherwise.
         peers: The other libraries that each part is run with.
+        compare: Adds to the report what only ours and theirs together tell.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Parts:
     prefix: str
     out: Path
     peers: Mapping[str, Sequence[str]]
+    compare: Callable[[Report], None] = lambda report: None
 
     def main(self, arguments: Sequence[str]) -> int:
         options = self._parse(arguments)
@@ -56,6 +58,7 @@ class Parts:
                 run_peer(peer, self._suite(part, results, options), results)
                 written.append(results)
         report = read(written, shlex.join(["python", "-m", self.name, *arguments]))
+        self.compare(report)
         if not options.times:
             load = os.getloadavg()[0]
             why = f"left out by --no-times; the load average was {load:.1f}"

@@ -11,6 +11,8 @@ from benchmarks import flow_likelihood, flow_memory_limit, flow_rounding, parts
 from benchmarks.flow_images import batches, read_pictures
 from benchmarks.flow_stacks import METHODS, make_input, nll, training_step
 from benchmarks.flows import FLOWS
+from benchmarks.pairing import add_differences
+from revlib.benchmarking.records import Group, Report, Row
 from revlib.memory import measure_step
 
 
@@ -155,3 +157,32 @@ def test_a_library_that_cannot_be_installed_is_told_of(tmp_path, monkeypatch):
 
     told = json.loads(results.read_text())
     assert told == {"benchmarks": [], "not_measured": {"nothing==1": "ERROR: no nothing==1"}}
+
+
+def test_differences_are_of_the_same_seed():
+    def row(name, *values):
+        return Row(name, None, {f"  of seed {i}": f"{value}" for i, value in enumerate(values)})
+
+    ours, theirs = row("rebuild", 3.0, 5.0, 4.0), row("theirs", 3.1, 5.3, 4.2)
+    report = Report({}, [Group("trained", None, [ours, theirs])], {})
+
+    add_differences(report, reference="rebuild")
+
+    # By hand: 0.1, 0.3 and 0.2 have the mean 0.2 and the standard deviation 0.1.
+    assert theirs.values["minus rebuild, mean ± standard error"] == "+0.2000 ± 0.0577"
+    assert theirs.values["  minus rebuild, seed 1"] == "+0.3000"
+
+
+def test_a_group_without_the_reference_or_without_seeds_is_left_alone():
+    rows = [Row("theirs", None, {"  of seed 0": "3.1"}), Row("rebuild", None, {"time, ms": 2.0})]
+    report = Report({}, [Group("one", None, rows[:1]), Group("other", None, rows[1:])], {})
+
+    add_differences(report, reference="rebuild")
+
+    assert [len(row.values) for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize("plan", [flow_likelihood.Plan(), flow_rounding.Plan()])
+def test_titles_tell_the_size_of_images_and_of_the_model(plan):
+    for told in (f"averaged to {plan.size}x{plan.size}", f"{plan.hidden} hidden channels"):
+        assert told in plan.title

@@ -118,9 +118,15 @@ class ActNorm(FlowLayer):
     @torch.no_grad()
     def initialize(self, x: Tensor, evaluate: Evaluate) -> None:
         """Sets the parameters from `x`, if this is the batch that decides."""
-        if self._seen_initialized or not self.training or in_backward() or not len(x):
+        if self._seen_initialized or not self.training or not len(x):
             return
-        if x.is_meta or isinstance(x, FakeTensor):
+        if torch.compiler.is_compiling():
+            # Whether parameters are 0 is for Python to see: with fullgraph=True an error says so.
+            torch._dynamo.graph_break(
+                msg=f"{evaluate.label}: ActNorm is to be set by its first batch; let a batch pass "
+                "before torch.compile, load a checkpoint, or call eval()"
+            )
+        if in_backward() or x.is_meta or isinstance(x, FakeTensor):
             return
         if not self.initialized:
             log_scale, bias = map(mean_over_processes, first_parameters(x))

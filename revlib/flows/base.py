@@ -1,5 +1,6 @@
 """What the latents of a flow are distributed as."""
 
+import inspect
 import math
 from typing import Protocol
 
@@ -110,6 +111,12 @@ class TorchBase(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.distribution)
+
+
+def takes_temperature(base: Base) -> bool:
+    """Tells whether `base.sample` can be given a temperature."""
+    parameters = inspect.signature(base.sample).parameters
+    return "temperature" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def check_temperature(temperature: float) -> None:

@@ -9,6 +9,7 @@ from revlib.autograd import Policy
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.base import StandardNormal
 from revlib.flows.channel_map import ActNormConv1x1
+from revlib.flows.checks import is_size
 from revlib.flows.conditioners import (
     MLP,
     ConvWithContext,
@@ -68,7 +69,7 @@ def nice(
         >>> flow.log_prob(torch.randn(5, 2)).shape
         torch.Size([5])
     """
-    check_shape("nice", shape)
+    shape = checked_shape("nice", shape)
     check_constructor("nice", subnet_constructor, context, hidden=hidden, depth=depth)
     check_counts("nice", layers=layers)
     hidden = checked_count("nice", "hidden", hidden, HIDDEN["nice"])
@@ -131,7 +132,7 @@ def realnvp(
         >>> [latent.shape for latent in flow.transform(images.float())[0]]
         [torch.Size([4, 6, 4, 4]), torch.Size([4, 6, 4, 4])]
     """
-    check_shape("realnvp", shape)
+    shape = checked_shape("realnvp", shape)
     if len(shape) == 1:
         check_not_given("realnvp", "is for images", blocks=blocks)
     else:
@@ -299,7 +300,7 @@ def multiscale(
     coupling: Callable[[SubnetConstructor, int, int], FlowLayer],
 ) -> Flow:
     """Builds levels of steps, each an `ActNormConv1x1` and a coupling."""
-    check_shape(name, shape)
+    shape = checked_shape(name, shape)
     is_vector = len(shape) == 1
     levels = checked_levels(name, levels, 1 if is_vector else 3, shape)
     has_priors = not is_vector and levels > 1
@@ -359,14 +360,16 @@ def halves(channels: int, flip: bool = False) -> tuple[int, int]:
     return (channels - first, first) if flip else (first, channels - first)
 
 
-def check_shape(name: str, shape: Shape) -> None:
-    is_shape = isinstance(shape, tuple) and all(isinstance(n, int) and n > 0 for n in shape)
+def checked_shape(name: str, shape: object) -> Shape:
+    """Returns the shape of a sample, which may have been a list, as a tuple."""
+    is_shape = isinstance(shape, (tuple, list)) and all(map(is_size, shape))
     if not is_shape or len(shape) not in (1, 3):
         raise ValueError(
             f"{name}: shape must be (channels, height, width) or (features,); got {shape!r}"
         )
     if math.prod(shape) == 1:
         raise ValueError(f"{name}: shape must leave something to couple; got {shape}")
+    return tuple(shape)
 
 
 def check_counts(name: str, **counts: int) -> None:
@@ -397,10 +400,10 @@ def check_constructor(
     """Checks the constructor, and that nothing was given that only the default one heeds."""
     if subnet_constructor is None:
         return
-    if not callable(subnet_constructor):
+    if isinstance(subnet_constructor, nn.Module) or not callable(subnet_constructor):
         raise TypeError(
-            f"{name}: subnet_constructor must be a function of two numbers; "
-            f"got {type(subnet_constructor).__name__}"
+            f"{name}: subnet_constructor must be a function of two numbers, which builds the "
+            f"conditioner of each coupling; got {type(subnet_constructor).__name__}"
         )
     rule = "is for the default conditioners, not for those of a subnet_constructor"
     check_not_given(name, rule, context=context or None, **options)

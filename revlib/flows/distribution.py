@@ -1,7 +1,8 @@
 """A flow as a `torch.distributions.Distribution`."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 class FlowDistribution(Distribution):
     """The distribution of a flow's samples, one for each row of the context if there is one.
 
-    Made by :meth:`revlib.flows.Flow.distribution`.
+    Made by :meth:`revlib.flows.Flow.distribution`. What a flow has no formula for, such as its
+    mean and its entropy, raises NotImplementedError.
 
     Example:
         >>> distribution = revlib.flows.realnvp((2,), context=3).distribution(torch.randn(4, 3))
@@ -25,7 +27,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (torch's own form)
-    has_rsample = True
 
     def __init__(self, flow: "Flow", shape: tuple[int, ...], context: Tensor | None) -> None:
         self.flow = flow
@@ -35,12 +36,56 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
+        levels = self.flow.levels
+        each = constraints.real if levels is None else constraints.integer_interval(0, levels - 1)
+        return constraints.independent(each, len(self.event_shape))
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.flow.levels is None
+
+    @property
+    def mean(self) -> NoReturn:
+        refuse("mean")
+
+    @property
+    def mode(self) -> NoReturn:
+        refuse("mode")
+
+    @property
+    def variance(self) -> NoReturn:
+        refuse("variance")
+
+    def entropy(self) -> NoReturn:
+        refuse("entropy")
+
+    def cdf(self, value: Tensor) -> NoReturn:
+        refuse("cdf")
+
+    def icdf(self, value: Tensor) -> NoReturn:
+        refuse("icdf")
+
+    def enumerate_support(self, expand: bool = True) -> NoReturn:
+        refuse("enumerate_support")
+
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        new = self._get_checked_instance(FlowDistribution, _instance)
+        new.flow = self.flow
+        new.context = self._expanded_context(batch_shape)
+        Distribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        return new
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        with torch.no_grad():
+            return self._draw(sample_shape)
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
-        n = math.prod(shape[: len(shape) - len(self.event_shape)])
-        return self.flow.sample(n, self._rows(n)).view(shape)
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"rsample needs samples that are real numbers; got a flow of {self.flow.levels} "
+                "levels, whose whole numbers carry no gradients; use sample"
+            )
+        return self._draw(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         n_event = len(self.event_shape)
@@ -57,11 +102,25 @@ class FlowDistribution(Distribution):
                 f"got {list(value.shape)}"
             ) from None
         rows = value.expand(*shape, *self.event_shape).reshape(-1, *self.event_shape)
-        return self.flow.log_prob(rows, self._rows(len(rows))).view(shape)
+        return self.flow.log_prob(rows, self._rows(shape)).view(shape)
 
-    def _rows(self, n: int) -> Tensor | None:
-        """Returns a row of the context for each of n samples."""
+    def _draw(self, sample_shape: tuple[int, ...]) -> Tensor:
+        shape = (*sample_shape, *self.batch_shape)
+        x = self.flow.sample(math.prod(shape), self._rows(shape))
+        return x.view(*shape, *self.event_shape)
+
+    def _rows(self, shape: Sequence[int]) -> Tensor | None:
+        """Returns a row of the context for each of as many samples."""
+        context = self._expanded_context(shape)
+        return None if context is None else context.flatten(0, len(shape) - 1)
+
+    def _expanded_context(self, shape: Sequence[int]) -> Tensor | None:
         if self.context is None:
             return None
-        repeats = n // max(1, len(self.context))
-        return self.context.repeat(repeats, *(1,) * (self.context.ndim - 1))
+        return self.context.expand(*shape, *self.context.shape[len(self.batch_shape) :])
+
+
+def refuse(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{what}: a flow has no formula for it; average over samples instead"
+    )

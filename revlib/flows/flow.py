@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from revlib.finite import NonFiniteError, is_known_nonfinite
-from revlib.flows.actnorm import refuse_sharded_start
-from revlib.flows.base import Base, StandardNormal, TorchBase
+from revlib.flows.actnorm import ActNorm, refuse_sharded_start
+from revlib.flows.base import Base, StandardNormal, TorchBase, takes_temperature
 from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
 from revlib.flows.layer import FlowLayer, Latent
+from revlib.flows.preprocessing import Dequantize
 from revlib.flows.sequential import FlowSequential
 from revlib.replay import modes_set, parts_of
 
@@ -31,7 +32,8 @@ class Flow(nn.Module):
         shape: The shape of one sample; by default that of the first x.
 
     Shape:
-        x is [batch, *shape], floating or whole numbers. A `context` is [batch, ...].
+        x is [batch, *shape], floating or whole numbers. A `context` is [batch, ...], or [1, ...]
+        for all samples alike.
 
     Raises:
         NonFiniteError: On a CPU, if a log density comes out infinite or NaN: it names the layer.
@@ -74,6 +76,12 @@ class Flow(nn.Module):
         self.base = base
         self.shape = None if shape is None else checked_shape("Flow", shape)
 
+    @property
+    def levels(self) -> int | None:
+        """How many whole numbers, from 0 up, a `Dequantize` knows; None without one."""
+        found = (part for part in parts_of(self.transform) if isinstance(part, Dequantize))
+        return next((part.levels for part in found), None)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Is `log_prob`, so that wrappers of modules, such as DDP, find what to wrap."""
         return self.log_prob(x, context)
@@ -82,6 +90,8 @@ class Flow(nn.Module):
         """Returns the log density of each sample in nats, [batch]."""
         refuse_sharded_start(self)
         x = self._checked(x)
+        check_context(context, len(x))
+        context = self._context(len(x), context)
         z, log_det = self.transform(x, context)
         log_prob = self._base_log_prob(z, log_det) + log_det
         if is_known_nonfinite(log_prob):
@@ -109,21 +119,32 @@ class Flow(nn.Module):
     def sample(self, n: int, context: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
         """Draws n samples, [n, *shape]; gradients reach the parameters and the context.
 
+        Samples that are whole numbers, of a flow with a :class:`revlib.flows.Dequantize`, carry
+        no gradients.
+
         Args:
             n: How many.
             context: The conditioning input of each of them, [n, ...], or of all, [1, ...].
             temperature: The standard deviation of the latent: below 1 for less varied samples.
         """
         x, _ = self._run_inverse(self._latent(n, context, temperature), n, context)
-        return x
+        return x if self.levels is None else x.detach()
 
     def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws n samples and returns them with their log densities, by one pass.
+
+        Of whole numbers, which the pass rounds to, the log density is what `log_prob` says of
+        them: by a second pass, under noise of its own, so that it is another one each time.
 
         Args:
             n: How many.
             context: As for `sample`.
         """
+        if self.levels is not None:
+            x = self.sample(n, context)
+            norms = [part for part in parts_of(self.transform) if isinstance(part, ActNorm)]
+            with modes_set(norms, [False] * len(norms)):  # samples are no first batch
+                return x, self.log_prob(x, context)
         z = self._latent(n, context)
         x, log_det = self._run_inverse(z, n, context)
         return x, self._base_log_prob(z, log_det) - log_det
@@ -148,12 +169,15 @@ class Flow(nn.Module):
         if x.ndim < 2 or (self.shape and self.shape != tuple(x.shape[1:])):
             sizes = "..." if self.shape is None else ", ".join(map(str, self.shape))
             raise ValueError(f"x must be [batch, {sizes}]; got {list(x.shape)}")
-        if x.is_floating_point():
-            return x
         if x.is_complex():
             raise TypeError(f"x must be floating point or whole numbers; got {x.dtype}")
-        floats = (p.dtype for p in self.parameters() if p.is_floating_point())
-        return x.to(next(floats, torch.get_default_dtype()))
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        if not x.is_floating_point():
+            return x.to(dtype or torch.get_default_dtype())
+        # Autocast, and conditioners that cast, take other dtypes up to float32, and never float64.
+        if dtype not in (None, x.dtype) and torch.double in (dtype, x.dtype):
+            raise TypeError(f"x must be {dtype}, as the flow's parameters are; got {x.dtype}")
+        return x
 
     def _base_log_prob(self, z: Latent, log_det: Tensor) -> Tensor:
         log_prob = self.base.log_prob(z)
@@ -168,8 +192,14 @@ class Flow(nn.Module):
         check_context(context, n)
         if isinstance(self.base, StandardNormal) and not self.base.shapes and self.shape:
             self._find_latent_shapes(context)
-        # Another base may know no temperature.
-        return self.base.sample(n, **({} if temperature == 1 else {"temperature": temperature}))
+        if temperature == 1:
+            return self.base.sample(n)
+        if not takes_temperature(self.base):
+            raise ValueError(
+                "temperature must be 1 where the base's sample takes none; "
+                f"got {temperature} with {type(self.base).__name__}"
+            )
+        return self.base.sample(n, temperature=temperature)
 
     def _find_latent_shapes(self, context: Tensor | None) -> None:
         """Shows the base the latent of a sample, and leaves no other trace."""

@@ -95,7 +95,7 @@ class FlowSequential(ReversibleSequential, FlowLayer):
         outcome = self._run_legs(legs, x, context, latents)
         log_det = _total(legs, outcome.extras, x)
         if is_known_nonfinite(log_det):
-            where = find_nonfinite(legs, x, context, latents)
+            where = find_nonfinite(legs, x, context, latents, exact=self.exact)
             raise NonFiniteError(f"log_det must stay finite; {where}")
         leaving = [latent for extra in outcome.extras for latent in extra[1:]]
         return packed((outcome.stream, *leaving)), log_det

@@ -80,7 +80,11 @@ def samples_from_arrays(arrays: Mapping[str, np.ndarray]) -> Samples:
 
 def _vectors(name: str, array: np.ndarray) -> Tensor:
     if not np.issubdtype(array.dtype, np.floating):
-        raise InputError(name, "must be floating point, to be vectors [N, D]", array.dtype)
+        rule = (
+            "must be floating point, to be vectors [N, D]: convert by x.astype('float32'), and "
+            "counts by (x + np.random.rand(*x.shape)).astype('float32')"
+        )
+        raise InputError(name, rule, array.dtype)
     if array.ndim != 2 or array.size == 0 or array.shape[1] < 2:
         raise InputError(name, "must be [N, D] with D at least 2 and not empty", array.shape)
     with np.errstate(over="ignore"):  # What does not fit in float32 is reported below.
@@ -110,7 +114,7 @@ def _count_levels(name: str, x: Tensor) -> int:
     if len(wrong):
         rule = (
             f"must hold whole numbers from 0 to {MAX_LEVELS - 1}, such as bytes: bits per "
-            "dimension are those of pixel values"
+            "dimension are those of pixel values; convert those from 0 to 1 by (255 * x).round()"
         )
         raise InputError(name, rule, wrong[0].item())
     return max(2, int(x.max().item()) + 1)

@@ -68,7 +68,7 @@ def load(
         if settings.get(name) == value:
             continue
         if name == "data":  # Two checksums would tell nobody anything.
-            raise InputError(name, f"must be the same images as in the run in {out}", "others")
+            raise InputError(name, f"must be the same as in the run in {out}", "others")
         rule = f"must stay {value}, as in the run in {out}"
         raise InputError(name, rule, settings.get(name))
     try:

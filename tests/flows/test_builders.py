@@ -15,18 +15,24 @@ from revlib.memory import measure_step
 every_flow = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_flow_of_real_numbers = pytest.mark.parametrize("case", REAL_CASES.values(), ids=REAL_CASES)
 every_flow_of_pixels = pytest.mark.parametrize("case", PIXEL_CASES.values(), ids=PIXEL_CASES)
-# For tests that take seconds where samples are images: of those, one is tested in `make check`.
-every_flow_in_time = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=name,
-            marks=[pytest.mark.slow] if len(case.shape) > 1 and name != "glow-image" else [],
-        )
-        for name, case in CASES.items()
-    ],
-)
+
+
+def in_time(cases: dict[str, FlowCase]) -> pytest.MarkDecorator:
+    """For tests that take seconds where samples are images: `make check` runs one of those."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case,
+                id=name,
+                marks=[pytest.mark.slow] if len(case.shape) > 1 and name != "glow-image" else [],
+            )
+            for name, case in cases.items()
+        ],
+    )
+
+
+every_flow_in_time, every_real_flow_in_time = in_time(CASES), in_time(REAL_CASES)
 
 Latent = Tensor | tuple[Tensor, ...]
 
@@ -34,6 +40,14 @@ Latent = Tensor | tuple[Tensor, ...]
 def flat(z: Latent) -> Tensor:
     parts = z if isinstance(z, tuple) else (z,)
     return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def shaped_like(z: Latent, row: Tensor) -> Latent:
+    """Takes apart what `flat` put together."""
+    parts = z if isinstance(z, tuple) else (z,)
+    pieces = row.reshape(len(parts[0]), -1).split([part[0].numel() for part in parts], 1)
+    latents = tuple(p.reshape(part.shape) for p, part in zip(pieces, parts, strict=True))
+    return latents if isinstance(z, tuple) else latents[0]
 
 
 def log_prob_by_jacobian(chain: flows.FlowSequential, x: Tensor, *context: Tensor) -> Tensor:
@@ -78,6 +92,62 @@ def test_log_prob_is_that_of_the_change_of_variables(case: FlowCase):
     ]
 
     torch.testing.assert_close(log_prob, torch.stack(expected), rtol=1e-10, atol=1e-8)
+
+
+@every_real_flow_in_time
+def test_log_det_of_the_inverse_is_that_of_its_jacobian(case: FlowCase):
+    flow, (x, *context) = case.build(policy="store"), case.inputs(batch=1)
+    z, _ = flow.transform(x, *context)
+
+    _, log_det = flow.transform.inverse(z, *context)
+
+    jacobian = torch.autograd.functional.jacobian(
+        lambda row: flow.transform.inverse(shaped_like(z, row), *context)[0].flatten(), flat(z)[0]
+    )
+    volume = torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(log_det[0], volume, rtol=0, atol=1e-8)
+    assert volume.abs() > 1e-3
+
+
+class Inverted(nn.Module):
+    """The way from latent to data, from latents that lie in a row."""
+
+    def __init__(self, flow: flows.Flow, x: Tensor, *context: Tensor) -> None:
+        super().__init__()
+        self.transform = flow.transform
+        self.z, _ = flow.transform(x, *context)
+
+    def forward(self, row: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(shaped_like(self.z, row), *context)
+
+
+def assert_gradients_are_finite_differences(model: nn.Module, *inputs: Tensor) -> None:
+    """Moves all inputs and parameters at once: one by one would take minutes."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    tensors = [t.detach() for t in (*inputs, *parameters)]
+    directions = [torch.randn_like(t) for t in tensors]
+
+    def moved(distance: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        values = [t + distance * way for t, way in zip(tensors, directions, strict=True)]
+        n = len(inputs)
+        named = dict(zip(names, values[n:], strict=True))
+        return torch.func.functional_call(model, named, tuple(values[:n]))
+
+    start = torch.zeros(1).double().requires_grad_()
+    assert torch.autograd.gradcheck(moved, start, atol=1e-6, rtol=1e-6, fast_mode=True)
+
+
+@every_real_flow_in_time
+def test_gradients_of_log_prob_are_finite_differences(case: FlowCase):
+    assert_gradients_are_finite_differences(case.build(), *case.inputs())
+
+
+@every_real_flow_in_time
+def test_gradients_of_the_inverse_are_finite_differences(case: FlowCase):
+    flow, (x, *context) = case.build(), case.inputs(batch=1)
+    model = Inverted(flow, x, *context)
+
+    assert_gradients_are_finite_differences(model, flat(model.z).detach(), *context)
 
 
 @every_flow_of_real_numbers
@@ -183,6 +253,18 @@ def test_subnet_constructor_is_told_the_channels(make, sizes):
 
     assert asked == sizes
     assert flow.log_prob(torch.randn(3, 5)).shape == (3,)
+
+
+@pytest.mark.parametrize("make", [flows.nice, flows.realnvp, flows.glow, flows.spline_flow])
+@pytest.mark.parametrize("sizes", [[2], [1, 4, 4]], ids=str)
+def test_a_shape_may_be_a_list(make, sizes):
+    options = {} if len(sizes) == 1 or make is flows.nice else {"levels": 1}
+
+    flow = make(sizes, hidden=4, **options)
+
+    assert str(flow) == str(make((*sizes,), hidden=4, **options))
+    assert flow.log_prob(torch.randn(3, *sizes)).shape == (3,)
+    assert flow.sample(3).shape == (3, *sizes)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,27 @@ def test_autocast_rounds_nothing_of_log_prob_but_what_conditioners_return(device
     torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=1e-6, atol=1e-5)
 
 
+def test_half_precision_data_need_no_half_precision_flow_under_autocast(device):
+    flow = CASES["realnvp"].build(device, torch.float32)
+    x = torch.randn(5, 2, device=device).bfloat16()
+
+    with torch.autocast(device.type, torch.bfloat16):
+        log_prob = flow.log_prob(x)
+
+    # Two digits are what the conditioners' bfloat16 leaves.
+    torch.testing.assert_close(log_prob, flow.log_prob(x.float()), rtol=0.02, atol=0.02)
+
+
+def test_a_flow_without_parameters_takes_any_dtype():
+    flow = flows.Flow(flows.Affine(0.0, 2.0), shape=(2,))
+    x = torch.randn(5, 2).double()
+
+    log_prob = flow.log_prob(x)
+
+    assert log_prob.dtype == torch.double
+    torch.testing.assert_close(log_prob, Normal(0, 2).log_prob(x).sum(1))
+
+
 def test_samples_have_the_moments_of_the_density():
     flow, truth = linear_flow()
 
@@ -145,6 +166,21 @@ def test_one_row_of_context_serves_all_samples(device):
     torch.testing.assert_close(x, of_copies)
 
 
+def test_one_row_of_context_serves_all_densities_and_receives_their_gradients(device):
+    case = CASES["realnvp-odd-context"]
+    flow, (x, _) = case.build(device), case.inputs(device, batch=4)
+    row = case.contexts(device, batch=1)[0].requires_grad_()
+    copies = row.detach().repeat(4, 1).requires_grad_()
+
+    of_row, of_copies = flow.log_prob(x, row), flow.log_prob(x, copies)
+    of_row.sin().sum().backward()
+    of_copies.sin().sum().backward()
+
+    torch.testing.assert_close(of_row, of_copies)
+    torch.testing.assert_close(row.grad, copies.grad.sum(0, keepdim=True))
+    assert row.grad.any()
+
+
 def test_a_flow_without_shapes_learns_them_from_the_first_batch():
     flow = flows.Flow(flows.FlowSequential(flows.Squeeze(), flows.Split()))
 
@@ -152,6 +188,76 @@ def test_a_flow_without_shapes_learns_them_from_the_first_batch():
 
     assert flow.sample(5).shape == (5, 2, 4, 4)
     assert flow.distribution().event_shape == (2, 4, 4)
+
+
+# Samples that are whole numbers
+
+
+def scaled_pixels() -> flows.Flow:
+    """Four levels, whose samples are mostly not the likeliest ones of their cell."""
+    torch.manual_seed(0)
+    base = Independent(Normal(torch.full((3,), 0.4), 0.3), 1)
+    return flows.Flow(flows.Dequantize(4), base, shape=(3,))
+
+
+def test_log_densities_of_whole_numbers_are_those_of_the_numbers_and_not_of_what_was_rounded(
+    monkeypatch,
+):
+    flow = scaled_pixels()
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+
+    x, log_prob = flow.sample_and_log_prob(100)
+
+    by_hand = Normal(0.4, 0.3).log_prob((x + 0.5) / 4).sum(1) - 3 * math.log(4)
+    assert torch.equal(x, x.round())
+    torch.testing.assert_close(log_prob, by_hand, rtol=0, atol=1e-4)
+
+
+def test_gradients_of_log_densities_of_whole_numbers_are_those_of_log_prob():
+    flow = CASES["glow-image-levels"].build()
+
+    torch.manual_seed(1)
+    x, log_prob = flow.sample_and_log_prob(5)
+    got = torch.autograd.grad(log_prob.sum(), [*flow.parameters()])
+    torch.manual_seed(1)
+    flow.sample(5)
+    want = torch.autograd.grad(flow.log_prob(x).sum(), [*flow.parameters()])
+
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not x.requires_grad
+
+
+def test_whole_numbers_that_an_untrained_flow_draws_decide_nothing():
+    flow = flows.glow((1, 4, 4), levels=2, steps=1, hidden=4, dequantize=256)
+    before = copy.deepcopy(flow.state_dict())
+
+    flow.sample_and_log_prob(20)
+
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    assert all(part.training for part in flow.modules())
+
+
+def test_a_distribution_of_whole_numbers_has_their_interval_and_no_rsample():
+    distribution = scaled_pixels().distribution()
+
+    x = distribution.sample((50,))
+
+    assert not distribution.has_rsample
+    assert distribution.support.is_discrete
+    assert distribution.support.check(x).all()
+    for wrong in (-1.0, 0.5, 4.0):
+        assert not distribution.support.check(torch.tensor([0.0, 1.0, wrong]))
+    with pytest.raises(NotImplementedError, match="rsample needs samples that are real numbers"):
+        distribution.rsample()
+
+
+def test_a_distribution_of_real_numbers_has_rsample_and_their_support():
+    distribution = linear_flow()[0].distribution()
+
+    assert distribution.has_rsample
+    assert not distribution.support.is_discrete
+    assert distribution.support.check(torch.tensor([-1.0, 0.5, 400.0]))
 
 
 # Bases of one's own
@@ -202,6 +308,17 @@ def test_a_module_serves_as_base_and_is_trained():
     torch.testing.assert_close(base.mean.grad, (base.mean - z.mean(0)).detach())
 
 
+def test_a_base_that_takes_a_temperature_among_others_is_given_it():
+    class Cooled(flows.StandardNormal):
+        def sample(self, n: int, **options: float) -> Tensor:
+            return super().sample(n, **options)
+
+    flow = flows.Flow(flows.Affine(1.0, 2.0), Cooled((3,)))
+
+    assert torch.equal(flow.sample(4, temperature=0), torch.ones(4, 3))
+    assert flow.sample(4).unique().numel() == 12
+
+
 # As a torch.distributions.Distribution
 
 
@@ -245,6 +362,78 @@ def test_samples_of_a_distribution_follow_their_rows_of_the_context():
     means = torch.stack([flow.sample(4000, c[None]).mean(0) for c in distribution.context])
     torch.testing.assert_close(samples.mean(0), means.detach(), rtol=0, atol=0.2)
     assert (means[0] - means[2]).abs().max() > 1
+
+
+def test_an_expanded_distribution_is_a_batch_of_the_same():
+    flow, truth = linear_flow()
+    distribution = flow.distribution().expand((2, 4))
+    x = torch.randn(5, 2, 4, 3).double()
+
+    samples = distribution.sample((10_000,))
+
+    assert (distribution.batch_shape, distribution.event_shape) == ((2, 4), (3,))
+    torch.testing.assert_close(distribution.log_prob(x), truth.log_prob(x))
+    assert samples.shape == (10_000, 2, 4, 3)
+    # Six standard errors of a mean of 10,000, for a spread of about 3: each draws its own.
+    torch.testing.assert_close(samples.mean(0), truth.mean.expand(2, 4, 3), rtol=0, atol=0.2)
+    assert len(samples.unique()) == samples.numel()
+
+
+def test_an_expanded_distribution_keeps_the_rows_of_its_context():
+    case = CASES["realnvp-odd-context"]
+    flow, (x, context) = case.build(), case.inputs(batch=4)
+    distribution = flow.distribution(context).expand((3, 4))
+
+    torch.manual_seed(1)
+    samples = distribution.sample((2,))
+    torch.manual_seed(1)
+    of_rows = flow.sample(24, context.repeat(6, 1)).view(2, 3, 4, *case.shape)
+    log_prob = distribution.log_prob(x)
+
+    assert distribution.batch_shape == (3, 4)
+    torch.testing.assert_close(samples, of_rows)
+    torch.testing.assert_close(log_prob, flow.log_prob(x, context).expand(3, 4))
+    assert distribution.expand((2, 3, 4)).log_prob(x).shape == (2, 3, 4)
+
+
+def test_a_context_of_one_row_is_expanded_to_a_batch():
+    case = CASES["realnvp-odd-context"]
+    flow, (x, _) = case.build(), case.inputs(batch=4)
+    (row,) = case.contexts(batch=1)
+
+    log_prob = flow.distribution(row).expand((4,)).log_prob(x)
+
+    torch.testing.assert_close(log_prob, flow.log_prob(x, row))
+
+
+def test_torch_makes_one_event_of_a_batch_of_flows():
+    case = CASES["realnvp-odd-context"]
+    flow, (x, context) = case.build(), case.inputs(batch=4)
+
+    together = Independent(flow.distribution(context), 1).expand((2,))
+
+    torch.testing.assert_close(together.log_prob(x), flow.log_prob(x, context).sum().expand(2))
+
+
+WITHOUT_FORMULA = {
+    "mean": lambda distribution: distribution.mean,
+    "mode": lambda distribution: distribution.mode,
+    "variance": lambda distribution: distribution.variance,
+    "stddev": lambda distribution: distribution.stddev,
+    "entropy": lambda distribution: distribution.entropy(),
+    "perplexity": lambda distribution: distribution.perplexity(),
+    "cdf": lambda distribution: distribution.cdf(torch.zeros(3)),
+    "icdf": lambda distribution: distribution.icdf(torch.zeros(3)),
+    "enumerate_support": lambda distribution: distribution.enumerate_support(),
+}
+
+
+@pytest.mark.parametrize("ask", WITHOUT_FORMULA.values(), ids=WITHOUT_FORMULA)
+def test_what_a_flow_has_no_formula_for_says_so(ask):
+    distribution = linear_flow()[0].distribution()
+
+    with pytest.raises(NotImplementedError, match="a flow has no formula for it; average over"):
+        ask(distribution)
 
 
 def test_rsample_has_gradients_and_sample_has_none():

@@ -64,6 +64,16 @@ class WrongInverse(flows.FlowLayer):
         return z, z.new_zeros(len(z))
 
 
+class Uniform01(nn.Module):
+    """A base of the user's own, which knows no temperature."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return z.new_zeros(len(z))
+
+    def sample(self, n: int) -> Tensor:
+        return torch.rand(n, 2)
+
+
 def x(*shape: int) -> Tensor:
     return torch.randn(shape)
 
@@ -288,10 +298,13 @@ ARGUMENTS = {
         "ResidualConvNet: blocks must be an integer; got 1.5",
     ),
     # Builders
-    "shape-list": Bad(
-        lambda: flows.nice([3]),
+    "shape-integer": Bad(
+        lambda: flows.nice(3),
         ValueError,
-        "nice: shape must be (channels, height, width) or (features,); got [3]",
+        "nice: shape must be (channels, height, width) or (features,); got 3",
+    ),
+    "shape-of-truth": Bad(
+        lambda: flows.nice((True, 4, 4)), ValueError, "nice: shape must be (channels, height,"
     ),
     "shape-matrix": Bad(
         lambda: flows.realnvp((3, 3)), ValueError, "realnvp: shape must be (channels, height,"
@@ -482,7 +495,14 @@ ARGUMENTS = {
     "subnet-constructor": Bad(
         lambda: flows.nice((4,), subnet_constructor=3),
         TypeError,
-        "subnet_constructor must be a function of two numbers; got int",
+        "subnet_constructor must be a function of two numbers, which builds the conditioner of "
+        "each coupling; got int",
+    ),
+    "subnet-constructor-built": Bad(
+        lambda: flows.glow((4,), subnet_constructor=net(2, 4)),
+        TypeError,
+        "subnet_constructor must be a function of two numbers, which builds the conditioner of "
+        "each coupling; got Linear",
     ),
 }
 
@@ -691,7 +711,12 @@ INPUTS = {
     "context-rows": Bad(
         lambda: vector_flow(3).log_prob(x(5, 2), x(4, 3)),
         ValueError,
-        "context must be [5, 3]; got [4, 3]",
+        "context must have one row for each of 5 samples, or one for all; got 4",
+    ),
+    "context-scalar": Bad(
+        lambda: vector_flow(3).log_prob(x(5, 2), torch.tensor(1.0)),
+        ValueError,
+        "context must have one row for each of 5 samples, or one for all; got a scalar",
     ),
     "context-rows-of-samples": Bad(
         lambda: vector_flow(3).sample(5, x(4, 3)),
@@ -704,6 +729,16 @@ INPUTS = {
     ),
     "sample-without-batch": Bad(
         lambda: vector_flow().log_prob(x(2)), ValueError, "x must be [batch, 2]; got [2]"
+    ),
+    "sample-double": Bad(
+        lambda: vector_flow().log_prob(x(5, 2).double()),
+        TypeError,
+        "x must be torch.float32, as the flow's parameters are; got torch.float64",
+    ),
+    "sample-single": Bad(
+        lambda: vector_flow().double().log_prob(x(5, 2)),
+        TypeError,
+        "x must be torch.float64, as the flow's parameters are; got torch.float32",
     ),
     "sample-list": Bad(
         lambda: vector_flow().log_prob([1.0]), TypeError, "x must be a tensor; got list"
@@ -733,6 +768,11 @@ INPUTS = {
         lambda: flows.Flow(flows.ActNorm(2), normal(2)).sample(3, temperature=0.5),
         ValueError,
         "temperature is for a standard normal base; got 0.5 with Independent",
+    ),
+    "temperature-of-a-base-of-the-user": Bad(
+        lambda: flows.Flow(flows.ActNorm(2), Uniform01()).sample(3, temperature=0.5),
+        ValueError,
+        "temperature must be 1 where the base's sample takes none; got 0.5 with Uniform01",
     ),
     "samples-of-unknown-shape": Bad(
         lambda: flows.Flow(flows.ActNorm(2)).sample(3),

@@ -155,6 +155,19 @@ def test_looking_for_what_is_not_finite_changes_nothing():
         assert torch.equal(value, before[name]), name
 
 
+def test_a_log_det_that_is_infinite_only_in_exact_arithmetic_names_its_layer():
+    class OffTheGrid(flows.FlowLayer):
+        """Its log_det is infinite at multiples of 2**-12, to which an exact chain rounds."""
+
+        def forward(self, x: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
+            return x, (4096 * x).frac().abs().log().sum(1)
+
+    chain = flows.FlowSequential(flows.Permutation.reverse(2), OffTheGrid(), exact=True)
+
+    with pytest.raises(flows.NonFiniteError, match=r"block 1 \(OffTheGrid\) made the log_det"):
+        chain(torch.rand(3, 2))
+
+
 def test_log_dets_of_half_precision_parameters_are_summed_in_float32():
     layer = flows.DiagonalScaling((3072,)).bfloat16()
     nn.init.constant_(layer.log_scale, 0.2)

@@ -325,3 +325,13 @@ def test_resume_may_spell_out_what_was_left_open(make_flow_settings, tmp_path, v
     spelt_out = dataclasses.replace(settings, flow_steps=8, lr=1e-3, weight_decay=0.0)
 
     assert train(spelt_out, resume=True).steps == STEPS_PER_EPOCH
+
+
+def test_resume_with_other_vectors_is_refused_as_that(make_flow_settings, tmp_path, vectors):
+    settings = make_flow_settings(
+        tmp_path / "run", data=str(vectors), model="nice", levels=None, epochs=1
+    )
+    train(settings)
+
+    with refused(f"data must be the same as in the run in {settings.out}; got others"):
+        train(dataclasses.replace(settings, data="two_moons"), resume=True)

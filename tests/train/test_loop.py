@@ -385,7 +385,7 @@ def test_resume_with_another_setting_is_refused_by_its_name(copied, name):
 
 
 def test_resume_with_other_images_is_refused_as_that(copied):
-    line = f"data must be the same images as in the run in {copied.out}; got others"
+    line = f"data must be the same as in the run in {copied.out}; got others"
 
     with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
         train(dataclasses.replace(copied, data="digits"), resume=True)

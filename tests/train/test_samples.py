@@ -75,7 +75,10 @@ def test_vectors_become_float32():
 
 IMAGES = np.zeros((4, 6, 6))
 VECTORS = np.random.default_rng(0).normal(size=(4, 3))
-BYTES = ", such as bytes: bits per dimension are those of pixel values"
+BYTES = (
+    ", such as bytes: bits per dimension are those of pixel values; convert those from 0 to 1 by "
+    "(255 * x).round()"
+)
 WRONG = [
     (IMAGES, {"x_test": None}, "arrays must be x_train, x_test; got no x_test"),
     (
@@ -101,7 +104,8 @@ WRONG = [
     (
         VECTORS,
         {"x_test": VECTORS.astype(int)},
-        "x_test must be floating point, to be vectors [N, D]; got int64",
+        "x_test must be floating point, to be vectors [N, D]: convert by x.astype('float32'), "
+        "and counts by (x + np.random.rand(*x.shape)).astype('float32'); got int64",
     ),
     (
         VECTORS,
@@ -129,6 +133,15 @@ def test_wrong_array_gets_a_line_that_names_it(good, bad, line):
 
     with pytest.raises(InputError, match=f"^{re.escape(line)}"):
         samples_from_arrays(arrays)
+
+
+def test_pixels_from_0_to_1_become_levels_as_the_line_says():
+    pixels = np.arange(72).reshape(2, 6, 6)
+    x = (pixels / 255).astype(np.float32)
+
+    samples = samples_from_arrays({"x_train": (255 * x).round(), "x_test": (255 * x).round()})
+
+    assert torch.equal(samples.x_train[:, 0], torch.from_numpy(pixels).float())
 
 
 def test_wrong_array_in_a_file_gets_a_line_that_names_both(tmp_path):
