@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import SwapCoupling
-from revlib.models.residual import head, initialize
+from revlib.models.residual import head
 from revlib.rearranging import PadChannels, Squeeze
 from revlib.sequential import ReversibleSequential
 
@@ -28,6 +28,10 @@ class IRevNet(nn.Module):
     split in two streams; couplings do the rest, and where they stride both streams are squeezed.
     So a training step keeps the features, and no activation that grows with depth; where the
     image is padded and the trunk not exact, it also keeps the input of the second coupling.
+
+    Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
+    with are larger: until the running statistics of batch norm are those of the data, activations
+    in eval mode would grow from coupling to coupling, and rounding errors with them.
 
     Args:
         units: The number of couplings of each stage.
@@ -125,7 +129,6 @@ class IRevNet(nn.Module):
         self.trunk = ReversibleSequential(blocks, policy=list(policies.values()), exact=exact)
         self.feature_shape = (2 * c_in, height // coarser, width // coarser)
         self.head = head(2 * c_in, num_classes)
-        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
