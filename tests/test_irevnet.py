@@ -105,6 +105,27 @@ def test_nothing_of_the_trunk_is_stored(name, exact):
     assert sum(isinstance(block, SwapCoupling) for block in trunk) == 54
 
 
+def test_the_block_that_would_magnify_rounding_stays_recomputed():
+    trunk = tiny("a").trunk
+    place = [*dict(trunk.named_children())].index("1")
+
+    trunk.policy = "rebuild"
+
+    assert trunk.policies()[place] == "recompute"
+    with pytest.raises(
+        ValueError, match=r"block 1 \(SwapCoupling\) magnifies rounding errors; give"
+    ):
+        trunk.policy = ["rebuild"] * len(trunk)
+    trunk.exact = True
+    assert set(trunk.policies()) == {"rebuild"}
+
+
+def test_one_coupling_on_a_padded_image_is_a_network():
+    model = IRevNet((1,), (1,), image_shape=(3, 8, 8), padding=13)
+
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [irevnet_a, irevnet_b])
 def test_a_whole_network_trains_in_float32_without_a_drift_warning(build, device):

@@ -121,12 +121,11 @@ class IRevNet(nn.Module):
                 f = Unpadded(padded, *f)
             blocks[str(place)] = SwapCoupling(f, stride=stride)
             c_in = c_out
-        policies = dict.fromkeys(blocks, policy)
-        if padding > 0 and policy == "rebuild" and not exact:
+        if padding > 0 and len(by_coupling) > 1:
             # It meets channels that are the same for all images. They have no spread either, and
             # are no zeros: only an input that was kept is free of what batch norm would magnify.
-            policies["1"] = "recompute"
-        self.trunk = ReversibleSequential(blocks, policy=list(policies.values()), exact=exact)
+            blocks["1"].magnifies_rounding = True
+        self.trunk = ReversibleSequential(blocks, policy=policy, exact=exact)
         self.feature_shape = (2 * c_in, height // coarser, width // coarser)
         self.head = head(2 * c_in, num_classes)
 
