@@ -126,6 +126,14 @@ def test_one_coupling_on_a_padded_image_is_a_network():
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
+def test_a_sub_network_that_meets_padding_is_a_sequence_of_layers():
+    f = tiny("a").trunk.get_submodule("0").f
+
+    x = torch.randn(2, 8, 8, 8)
+    assert [type(layer) for layer in f[1:3]] == [nn.Conv2d, nn.BatchNorm2d]
+    assert torch.equal(f[:2](x), f[1](torch.zeros(2, 8, 8, 8)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [irevnet_a, irevnet_b])
 def test_a_whole_network_trains_in_float32_without_a_drift_warning(build, device):

@@ -116,9 +116,8 @@ class IRevNet(nn.Module):
                 stride=stride,
                 dropout=dropout,
                 first=place == 0,
+                padded=padded if place == 0 else 0,
             )
-            if place == 0 and padded:
-                f = Unpadded(padded, *f)
             blocks[str(place)] = SwapCoupling(f, stride=stride)
             c_in = c_out
         if padding > 0 and len(by_coupling) > 1:
@@ -155,17 +154,18 @@ def sub_network(
     stride: int,
     dropout: float,
     first: bool,
+    padded: int,
 ) -> nn.Sequential:
     """Builds a bottleneck: three convolutions, batch norm and ReLU before each.
 
-    The first one of a network has none before its first convolution, which sees the image.
+    The first one of a network has none before its first convolution, which sees the image, and
+    the last `padded` channels of that are zeros.
     Dropout stands where the published code has it, and is there even if nothing is dropped, so
     that the keys of the state dict do not depend on it.
     """
     (c_in, c, c_out), (k1, k2, k3) = channels, kernels
     layers = [] if first else [nn.BatchNorm2d(c_in), nn.ReLU(inplace=True)]
-    return nn.Sequential(
-        *layers,
+    layers += [
         nn.Conv2d(c_in, c, k1, stride=stride, padding=k1 // 2, bias=False),
         nn.BatchNorm2d(c),
         nn.ReLU(inplace=True),
@@ -174,28 +174,36 @@ def sub_network(
         nn.BatchNorm2d(c),
         nn.ReLU(inplace=True),
         nn.Conv2d(c, c_out, k3, padding=k3 // 2, bias=False),
-    )
+    ]
+    named = OrderedDict((str(place), layer) for place, layer in enumerate(layers))
+    if padded:
+        # By a name, so that the others keep theirs.
+        named["zeros"] = LastChannelsToZeros(padded)
+        named.move_to_end("zeros", last=False)
+    return nn.Sequential(named)
 
 
-class Unpadded(nn.Sequential):
-    """A sub-network that takes the last channels of its input for the zeros that they were.
+class LastChannelsToZeros(nn.Module):
+    """Takes the last channels of its input for the zeros that they were.
 
     Rebuilt, they are off by rounding, and batch norm, for which zeros have no spread, would
     magnify that a hundred times and more.
 
     Args:
-        padded: How many they are.
-        *layers: The sub-network.
+        channels: How many they are.
     """
 
-    def __init__(self, padded: int, *layers: nn.Module) -> None:
-        super().__init__(*layers)
-        self.padded = padded
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
-        x[:, -self.padded :] = 0
-        return super().forward(x)
+        x[:, -self.channels :] = 0
+        return x
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
 
 
 def check_image_shape(image_shape: Sequence[int], factor: int) -> tuple[int, int, int]:
