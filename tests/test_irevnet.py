@@ -415,9 +415,19 @@ def test_published_sizes_are_ours(build, units, strides, channels, squeeze, shap
     }
 
 
-def test_a_foreign_name_raises():
-    with pytest.raises(KeyError, match=r"conv1\.weight is no name of the published i-RevNet"):
-        irevnet_state_dict({"conv1.weight": torch.zeros(1)})
+@pytest.mark.parametrize(
+    ("published", "got"),
+    [
+        ({"conv1.weight": torch.zeros(1)}, r"'conv1\.weight' of type Tensor"),
+        ({"bn1.foo.bar": torch.zeros(1)}, r"'bn1\.foo\.bar' of type Tensor"),
+        ({"linear.weight": 1}, "'linear.weight' of type int"),
+        ({"epoch": 1, "state_dict": {}}, "'epoch' of type int"),
+        ({"state_dict": {}}, "'state_dict' of type dict"),
+    ],
+)
+def test_what_is_no_state_dict_of_the_published_code_raises(published, got):
+    with pytest.raises(ValueError, match=f"published must be .* entry 'state_dict'.; got {got}"):
+        irevnet_state_dict(published)
 
 
 @pytest.mark.parametrize(
@@ -430,6 +440,9 @@ def test_a_foreign_name_raises():
         (irevnet_b, (32, 32), r"must be \(channels, height, width\); got \(32, 32\)"),
         (irevnet_b, (3, 32, 0), r"must be \(channels, height, width\); got \(3, 32, 0\)"),
         (irevnet_b, (3, 32, 32.0), r"must be \(channels, height, width\); got \(3, 32, 32.0\)"),
+        (irevnet_a, 32, r"must be \(channels, height, width\); got 32"),
+        (irevnet34, (12, 32, 32), r"must have at most 8 channels, .*; got \(12, 32, 32\)"),
+        (irevnet_a, (33, 32, 32), r"must have at most 32 channels, .*; got \(33, 32, 32\)"),
     ],
 )
 def test_bad_image_shapes_raise(build, image_shape, message):
@@ -442,9 +455,29 @@ def test_an_odd_number_of_channels_raises():
         IRevNet((1,), (1,), image_shape=(3, 8, 8))
 
 
-def test_negative_padding_raises():
-    with pytest.raises(ValueError, match="padding must be at least 0; got -1"):
-        irevnet_a(image_shape=(33, 32, 32))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": -1}, "padding must be a whole number of at least 0; got -1"),
+        ({"squeeze": 0}, "squeeze must be a whole number of at least 1; got 0"),
+        ({"squeeze": -2}, "squeeze must be a whole number of at least 1; got -2"),
+        ({"bottleneck": 0}, "bottleneck must be a whole number of at least 1; got 0"),
+        ({"units": (0, 2)}, r"units must be whole numbers above 0.*; got \(0, 2\)"),
+        ({"units": 2}, "units must be whole numbers above 0.*; got 2"),
+        ({"strides": (0, 1)}, r"strides must be whole numbers above 0.*; got \(0, 1\)"),
+        ({"kernels": (3, 3)}, r"kernels must be the sizes of 3 convolutions; got \(3, 3\)"),
+        ({"kernels": (3, 2, 3)}, r"kernels must be odd.*; got \(3, 2, 3\)"),
+    ],
+)
+def test_options_are_checked(options, message):
+    sizes = {"units": (1, 1), "strides": (1, 1), "image_shape": (4, 8, 8)}
+
+    with pytest.raises(ValueError, match=f"^{message}"):
+        IRevNet(**{**sizes, **options})
+
+
+def test_padding_of_ones_own_takes_images_of_more_channels():
+    assert irevnet34(image_shape=(12, 32, 32), padding=0).feature_shape == (192, 8, 8)
 
 
 def test_as_many_strides_as_stages():

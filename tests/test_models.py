@@ -144,3 +144,10 @@ def test_odd_width_raises():
 def test_as_many_widths_as_stages_and_a_stem(model):
     with pytest.raises(ValueError, match=r"widths must have one entry more than units"):
         model((1, 1, 1), (8, 8, 16))
+
+
+@pytest.mark.parametrize("model", [ResNet, RevNet])
+@pytest.mark.parametrize(("units", "widths"), [((0, 2), (8, 8, 16)), ((1, 1), (8, 0, 16))])
+def test_stages_without_blocks_or_channels_raise(model, units, widths):
+    with pytest.raises(ValueError, match=r"(units|widths) must be whole numbers above 0.*; got"):
+        model(units, widths)

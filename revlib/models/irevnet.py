@@ -4,20 +4,23 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import SwapCoupling
+from revlib.models.checks import check_at_least, check_counts, check_image_shape, check_sample
 from revlib.models.residual import head
 from revlib.rearranging import PadChannels, Squeeze
 from revlib.sequential import ReversibleSequential
 
 # The names of the published code, as patterns, and ours.
+ENTRY = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 PUBLISHED = {
-    r"stack\.(\d+)\.bottleneck_block\.": r"trunk.\1.f.",
-    r"bn1\.": "head.0.",
-    r"linear\.": "head.4.",
+    rf"stack\.(\d+)\.bottleneck_block\.(\d+)\.{ENTRY}": r"trunk.\1.f.\2.\3",
+    rf"bn1\.{ENTRY}": r"head.0.\1",
+    r"linear\.(weight|bias)": r"head.4.\1",
 }
 
 
@@ -83,14 +86,24 @@ class IRevNet(nn.Module):
         exact: bool = False,
     ) -> None:
         super().__init__()
-        if padding < 0:
-            raise ValueError(f"padding must be at least 0; got {padding}")
+        check_counts("units", units, rule="whole numbers above 0, one per stage")
+        check_counts("strides", strides, rule="whole numbers above 0, one per stage")
+        check_counts("kernels", kernels, rule="the sizes of 3 convolutions", length=3)
+        check_at_least(1, squeeze=squeeze, bottleneck=bottleneck)
+        check_at_least(0, padding=padding)
         if len(units) != len(strides):
             raise ValueError(
                 f"strides must have one entry per stage; got {len(strides)} for {len(units)}"
             )
+        if any(kernel % 2 == 0 for kernel in kernels):
+            raise ValueError(f"kernels must be odd, to keep height and width; got {kernels}")
         coarser = squeeze * math.prod(strides)
-        self.image_shape = check_image_shape(image_shape, coarser)
+        self.image_shape = check_image_shape(image_shape)
+        if any(side % coarser for side in self.image_shape[1:]):
+            raise ValueError(
+                f"image_shape must have height and width divisible by {coarser}, for all that the "
+                f"network squeezes; got {self.image_shape}"
+            )
         channels, height, width = self.image_shape
         channels = channels * squeeze**2 + padding
         if channels % 2:
@@ -206,23 +219,6 @@ class LastChannelsToZeros(nn.Module):
         return f"channels={self.channels}"
 
 
-def check_image_shape(image_shape: Sequence[int], factor: int) -> tuple[int, int, int]:
-    shape = tuple(image_shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"image_shape must be (channels, height, width); got {image_shape!r}")
-    if shape[1] % factor or shape[2] % factor:
-        raise ValueError(
-            f"image_shape must have height and width divisible by {factor}, for all that the "
-            f"network squeezes; got {shape}"
-        )
-    return shape
-
-
-def check_sample(name: str, x: Tensor, shape: tuple[int, int, int]) -> None:
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(f"{name} must be [batch, {', '.join(map(str, shape))}]; got {[*x.shape]}")
-
-
 def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames a state dict of the authors' code to load into an :class:`IRevNet`.
 
@@ -233,17 +229,24 @@ def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             `trunk.N.f`, `bn1` becomes `head.0` and `linear` becomes `head.4`.
 
     Raises:
-        KeyError: If a name is none of these.
+        ValueError: If it is something else: a name is none of these, or a value no tensor.
 
     Example:
         >>> revlib.models.irevnet_state_dict({"module.linear.bias": torch.zeros(10)}).keys()
         dict_keys(['head.4.bias'])
     """
-    return {renamed(name.removeprefix("module.")): value for name, value in published.items()}
+    return {
+        renamed(name.removeprefix("module."), value): value for name, value in published.items()
+    }
 
 
-def renamed(name: str) -> str:
+def renamed(name: str, value: Any) -> str:
     for pattern, ours in PUBLISHED.items():
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", ours, name)
-    raise KeyError(f"{name} is no name of the published i-RevNet: stack, bn1 or linear")
+        match = re.fullmatch(pattern, name)
+        if match and isinstance(value, Tensor):
+            return match.expand(ours)
+    raise ValueError(
+        "published must be a state dict of the published i-RevNet, tensors named stack, bn1 and "
+        f"linear (of a checkpoint it is the entry 'state_dict'); got {name!r} of type "
+        f"{type(value).__name__}"
+    )

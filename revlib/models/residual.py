@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from revlib.models.checks import check_counts
+
 
 def block_shapes(
     units: Sequence[int], widths: Sequence[int], bottleneck: bool
@@ -23,6 +25,10 @@ def block_shapes(
             "widths must have one entry more than units, for the stem; "
             f"got {len(widths)} widths for {len(units)} stages"
         )
+    check_counts("units", units, rule="whole numbers above 0, one per stage")
+    check_counts(
+        "widths", widths, rule="whole numbers above 0, one per stage and one for the stem"
+    )
     c_in = widths[0]
     for stage, (depth, width) in enumerate(zip(units, widths[1:], strict=True)):
         c_out = 4 * width if bottleneck else width
