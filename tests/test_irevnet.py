@@ -298,6 +298,23 @@ def test_saved_bytes_are_those_of_the_features_at_any_depth(kind):
     assert {measure(kind, depth)[0] for depth in (2, 5, 9)} == {features + guard + beside}
 
 
+@both_kinds
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_training_step_saves_one_stream_at_any_depth(kind, exact):
+    def saved(depth: int) -> int:
+        model = tiny(kind, depth, exact=exact)
+        x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
+        memory = measure_step(lambda: F.cross_entropy(model(x), y).backward(), model=model)
+        return memory.saved.activations
+
+    stream = 4 * 2 * math.prod(tiny(kind).feature_shape)
+    streams = 2 if kind == "a" and not exact else 1  # the input of the second coupling, too
+
+    (kept,) = {saved(depth) for depth in (2, 5, 9)}
+    # And little beside: what the guard looks at, what the classifier sees, and what the loss does.
+    assert streams * stream <= kept < (streams + 0.4) * stream
+
+
 @pytest.mark.slow
 @both_kinds
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])

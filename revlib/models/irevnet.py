@@ -19,8 +19,8 @@ from revlib.sequential import ReversibleSequential
 ENTRY = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 PUBLISHED = {
     rf"stack\.(\d+)\.bottleneck_block\.(\d+)\.{ENTRY}": r"trunk.\1.f.\2.\3",
-    rf"bn1\.{ENTRY}": r"head.0.\1",
-    r"linear\.(weight|bias)": r"head.4.\1",
+    rf"bn1\.{ENTRY}": r"head.0.0.\1",
+    r"linear\.(weight|bias)": r"head.1.\1",
 }
 
 
@@ -29,8 +29,9 @@ class IRevNet(nn.Module):
 
     The image is squeezed, padded with channels of zeros where the network is to be wider, and
     split in two streams; couplings do the rest, and where they stride both streams are squeezed.
-    So a training step keeps the features, and no activation that grows with depth; where the
-    image is padded and the trunk not exact, it also keeps the input of the second coupling.
+    So a training step keeps the features, which the head is recomputed from, and no activation
+    that grows with depth; where the image is padded and the trunk not exact, it also keeps the
+    input of the second coupling. (The published code keeps every activation.)
 
     Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
     with are larger: until the running statistics of batch norm are those of the data, activations
@@ -47,7 +48,7 @@ class IRevNet(nn.Module):
         kernels: The sizes of its three convolutions.
         num_classes: The number of classes.
         dropout: The probability of dropout inside the sub-networks.
-        policy: The policy of the trunk.
+        policy: The policy of the trunk; under "store" the head is stored, too.
         exact: As for :class:`revlib.ReversibleSequential`.
 
     Shape:
@@ -139,7 +140,9 @@ class IRevNet(nn.Module):
             blocks["1"].magnifies_rounding = True
         self.trunk = ReversibleSequential(blocks, policy=policy, exact=exact)
         self.feature_shape = (2 * c_in, height // coarser, width // coarser)
-        self.head = head(2 * c_in, num_classes)
+        # What it keeps of the features the trunk keeps anyway.
+        pooling = "store" if policy == "store" else "recompute"
+        self.head = ReversibleSequential(*head(2 * c_in, num_classes), policy=[pooling, "store"])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -226,14 +229,14 @@ def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         published: The state dict of an `iRevNet` of
             https://github.com/jhjacobsen/pytorch-i-revnet, plain or of a `DataParallel`. The
             weights stay as they are; only names change: `stack.N.bottleneck_block` becomes
-            `trunk.N.f`, `bn1` becomes `head.0` and `linear` becomes `head.4`.
+            `trunk.N.f`, `bn1` becomes `head.0.0` and `linear` becomes `head.1`.
 
     Raises:
         ValueError: If it is something else: a name is none of these, or a value no tensor.
 
     Example:
         >>> revlib.models.irevnet_state_dict({"module.linear.bias": torch.zeros(10)}).keys()
-        dict_keys(['head.4.bias'])
+        dict_keys(['head.1.bias'])
     """
     return {
         renamed(name.removeprefix("module."), value): value for name, value in published.items()

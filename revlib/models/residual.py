@@ -113,14 +113,11 @@ def stem(in_channels: int, channels: int, *, large_images: bool) -> nn.Module:
 
 
 def head(channels: int, num_classes: int) -> nn.Sequential:
-    """Builds what follows the last block: norm, ReLU, average pooling and the classifier."""
-    return nn.Sequential(
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(channels, num_classes),
+    """Builds what follows the last block: norm, ReLU and average pooling, then the classifier."""
+    pooling = nn.Sequential(
+        nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
+    return nn.Sequential(pooling, nn.Linear(channels, num_classes))
 
 
 @torch.no_grad()
