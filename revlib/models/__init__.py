@@ -115,9 +115,10 @@ def irevnet_a(*, image_shape: tuple[int, int, int] = (3, 32, 32), **options: Any
     """Builds the injective i-RevNet, whose input is padded to be wider than the image.
 
     For small images it is the network that the authors publish for CIFAR, of 6.3 million
-    parameters. They published no code for the one of 181 million that their paper trains on
-    ImageNet: from 64 x 64 on this one has streams of 48 channels at a quarter of height and
-    width, one coupling for each residual function of RevNet-56, and 199 million.
+    parameters; by the README of their code it tells about 94.5 % of CIFAR-10 right. They published
+    no code for the one of 181 million that their paper trains on ImageNet: from 64 x 64 on this
+    one has streams of 48 channels at a quarter of height and width, one coupling for each residual
+    function of RevNet-56, and 199 million.
     """
     if is_small(image_shape):
         channels, sizes = 32, {"units": (18, 18, 18), "strides": (1, 2, 2)}

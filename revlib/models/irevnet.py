@@ -33,6 +33,9 @@ class IRevNet(nn.Module):
     that grows with depth; where the image is padded and the trunk not exact, it also keeps the
     input of the second coupling. (The published code keeps every activation.)
 
+    Under autocast to bfloat16 the rebuilt gradients of a padded network that is hardly trained are
+    noise, of which a :class:`revlib.DriftWarning` tells: build it with `exact=True` then.
+
     Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
     with are larger: until the running statistics of batch norm are those of the data, activations
     in eval mode would grow from coupling to coupling, and rounding errors with them.
