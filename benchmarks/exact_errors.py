@@ -19,6 +19,10 @@ METHODS: dict[str, tuple[Callable[[int], Policy | list[Policy]], bool]] = {
 }
 
 
+# What a stored run itself is off by.
+YARDSTICK = "store, from float64"
+
+
 def twins(
     blocks: Iterable[nn.Module], chain: type[ReversibleSequential], method: str
 ) -> tuple[ReversibleSequential, ReversibleSequential]:

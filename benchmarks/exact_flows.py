@@ -9,12 +9,20 @@ Run:    make bench-exact DATA=cifar10.npz
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.exact_errors import METHODS, PRECISIONS, gradients, twins, worst_error
+from benchmarks.exact_errors import (
+    METHODS,
+    PRECISIONS,
+    YARDSTICK,
+    gradients,
+    twins,
+    worst_error,
+)
 from benchmarks.flow_stacks import conditioner, nll
 from revlib import flows
 from revlib.benchmarking.records import ERROR
@@ -28,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::revlib.DriftWarning")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("method", METHODS)
+    metafunc.parametrize("method", [YARDSTICK, *METHODS])
     quick = metafunc.config.getoption("--quick")
     metafunc.parametrize("steps", [2, 4] if quick else STEPS)
 
@@ -63,13 +71,23 @@ def bench_flows(benchmark, method, steps):
         errors = {}
         for precision, dtype in PRECISIONS.items():
             for spread in SPREADS:
-                pair = twins(make_layers(steps, spread, x), flows.FlowSequential, method)
-                got, want = (gradients(loss_of(chain), chain, x, dtype) for chain in pair)
                 name = f"{ERROR}, log-scales of deviation {spread}, {precision}"
-                errors[name] = worst_error(got, want)
+                errors[name] = error_of(method, make_layers(steps, spread, x), x, dtype)
         return errors
 
     benchmark.extra_info.update(benchmark.pedantic(measure))
+
+
+def error_of(
+    method: str, layers: list[flows.FlowLayer], x: Tensor, dtype: torch.dtype | None
+) -> float:
+    if method == YARDSTICK:
+        chain = flows.FlowSequential(*layers, policy="store")
+        wide = deepcopy(chain).double()
+        got = gradients(loss_of(chain), chain, x, dtype)
+        return worst_error(got, gradients(loss_of(wide), wide, x.double()))
+    pair = twins(layers, flows.FlowSequential, method)
+    return worst_error(*(gradients(loss_of(chain), chain, x, dtype) for chain in pair))
 
 
 def loss_of(chain: flows.FlowSequential) -> Callable[[Tensor], Tensor]:

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revlib import reference
+from revlib.grid import SCALING_LIMIT
 from revlib.kernels.actnorm import ChannelWalk
-from revlib.kernels.exact_scaling import EXACT, LARGEST_S, STREAM_LIMIT, R, flag, ratio, transform
+from revlib.kernels.exact_scaling import EXACT, R, flag, ratio, transform, walkable_state
 from revlib.kernels.walk import (
     accumulator,
     new_like,
@@ -96,15 +98,15 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the log_det and the overflow flag, and writes the state."""
     dtype = accumulator(x, log_scale, bias)
-    s = divisor(log_scale.to(dtype))
-    y, overflow = new_like(x), ~log_scale.isfinite().all()
+    s = reference.divisor(log_scale.to(dtype))
+    y, overflow = new_like(x), ~reference.scales_fit(log_scale)
     walk = ChannelWalk(x, state, y, tile_size=TILE_SIZE)
     if walk.n_programs:
         with torch.cuda.device_of(x):
             exact_actnorm_kernel[(walk.n_programs,)](
                 x, s, bias, state, y, overflow,
                 *walk.sizes, bias.stride(0), *walk.strides,
-                INVERSE=inverse, STEPS=2.0**bits, LIMIT=STREAM_LIMIT[x.dtype],
+                INVERSE=inverse, STEPS=2.0**bits, LIMIT=SCALING_LIMIT[x.dtype],
                 FLOAT=triton_dtype(dtype), **walk.constants | EXACT,
             )  # fmt: skip
     _, _, n_space, _ = walk.sizes
@@ -127,7 +129,7 @@ def normalize_bwd(
     Given is what came out, or x where state is None: then nothing is rebuilt. Writes the state.
     """
     dtype = accumulator(given, log_scale, bias)
-    s = divisor(log_scale.to(dtype))
+    s = reference.divisor(log_scale.to(dtype))
     dx = new_like(given)
     rebuilt = None if state is None else new_like(given)
     # What is not there needs no place, but strides.
@@ -139,7 +141,7 @@ def normalize_bwd(
             exact_actnorm_bwd_kernel[(walk.n_programs,)](
                 given, s, bias, state, dy, rebuilt, dx, product_sums, dy_sums,
                 *walk.sizes, bias.stride(0), *walk.strides,
-                INVERSE=inverse, STEPS=2.0**bits, LIMIT=STREAM_LIMIT[given.dtype],
+                INVERSE=inverse, STEPS=2.0**bits, LIMIT=SCALING_LIMIT[given.dtype],
                 FLOAT=triton_dtype(dtype), **walk.constants | EXACT,
             )  # fmt: skip
     products, dbias = ordered_sum(product_sums), ordered_sum(dy_sums)
@@ -152,22 +154,14 @@ def normalize_bwd(
     return rebuilt, dx, dlog_scale.to(log_scale.dtype), dbias.to(bias.dtype)
 
 
-def divisor(log_scale: Tensor) -> Tensor:
-    """S, whole but a float; 1 where log_scale is NaN."""
-    s = (log_scale.neg().exp() * R.value).round()
-    return s.nan_to_num(1.0).clamp(1, LARGEST_S.value)
-
-
 @torch.library.custom_op("revlib::exact_actnorm", mutates_args=("state",))
 def exact_actnorm(
     x: Tensor, log_scale: Tensor, bias: Tensor, state: Tensor, inverse: bool, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the log_det and the overflow flag, and writes the state."""
-    x, u = walkable(x, state)
-    results = normalize(x, log_scale, bias, u, inverse, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    (x,) = walkable(x)
+    with walkable_state(state) as u:
+        return normalize(x, log_scale, bias, u, inverse, bits)
 
 
 @exact_actnorm.register_fake
@@ -188,11 +182,9 @@ def exact_actnorm_bwd(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the rebuilt x and the gradients of x, log_scale and bias, and writes the state."""
-    y, dy, u = walkable(y, dy, state)
-    results = normalize_bwd(y, log_scale, bias, u, dy, dlog_det, inverse, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    y, dy = walkable(y, dy)
+    with walkable_state(state) as u:
+        return normalize_bwd(y, log_scale, bias, u, dy, dlog_det, inverse, bits)
 
 
 @exact_actnorm_bwd.register_fake

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revlib.grid import ADDING_LIMIT
 from revlib.kernels.arithmetic import round_half_even
 from revlib.kernels.walk import Walk, new_like, offsets, tile, triton_dtype, walkable
 
@@ -49,14 +50,12 @@ def couple(x: Tensor, update: Tensor, y: Tensor, inverse: bool, bits: int) -> Te
     overflow = x.new_zeros((), dtype=torch.bool)
     x, update, y = (as_samples(tensor) for tensor in (x, update, y))
     walk = Walk(x, update, y)
-    # What the mantissa holds beside the grid's bits.
-    limit = 2.0 / torch.finfo(x.dtype).eps / 2**bits
     if walk.n_programs:
         with torch.cuda.device_of(x):
             exact_additive_coupling_kernel[(walk.n_programs,)](
                 x, update, y, overflow, *walk.sizes, *walk.strides,
-                INVERSE=inverse, STEPS=2.0**bits, LIMIT=limit, FLOAT=triton_dtype(x.dtype),
-                **walk.constants,
+                INVERSE=inverse, STEPS=2.0**bits, LIMIT=ADDING_LIMIT[x.dtype] / 2**bits,
+                FLOAT=triton_dtype(x.dtype), **walk.constants,
             )  # fmt: skip
     return overflow
 

@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revlib.grid import SCALING_LIMIT
 from revlib.kernels.affine import log_scale
 from revlib.kernels.affine_coupling import raw_and_shift
-from revlib.kernels.exact_scaling import EXACT, STREAM_LIMIT, divisor, flag, ratio, transform
+from revlib.kernels.exact_scaling import (
+    EXACT,
+    divisor,
+    flag,
+    ratio,
+    scale_is_inside,
+    transform,
+    walkable_state,
+)
 from revlib.kernels.walk import (
     Walk,
     accumulator,
@@ -56,8 +65,9 @@ def exact_affine_coupling_kernel(
     log_det = log_ratio if INVERSE else -log_ratio
     # Before the divisions, which NVIDIA's compiler makes calls: across them it took a stack.
     store_sum(sums_ptr, log_det, sample, column, mask, n_samples, n_tiles)
+    inside = scale_is_inside(log_s) & (tl.abs(raw) < float("inf"))
+    flag(overflow_ptr, mask & ~inside, SAMPLES, ELEMENTS)
     y, state, inside = transform(x, s, shift, state, INVERSE, STEPS, LIMIT)
-    inside = inside & (tl.abs(raw) < float("inf"))
 
     tl.store(y_ptr + y_offsets, y, mask=mask)
     tl.store(state_ptr + state_offsets, state, mask=mask)
@@ -138,7 +148,7 @@ def couple(
             exact_affine_coupling_kernel[(walk.n_programs,)](
                 x, raw, shift, state, y, sums, overflow, *walk.sizes, *walk.strides,
                 INVERSE=inverse, SCALE=scale, CLAMP=clamp, FLOAT=triton_dtype(sums.dtype),
-                STEPS=2.0**bits, LIMIT=STREAM_LIMIT[x.dtype], **walk.constants | EXACT,
+                STEPS=2.0**bits, LIMIT=SCALING_LIMIT[x.dtype], **walk.constants | EXACT,
             )  # fmt: skip
     return y, ordered_sum(sums), overflow
 
@@ -176,7 +186,7 @@ def couple_bwd(
                 *walk.sizes, dlog_det.stride(0), *walk.strides,
                 INVERSE=inverse, SCALE=scale, CLAMP=clamp,
                 FLOAT=triton_dtype(accumulator(given, h)),
-                STEPS=2.0**bits, LIMIT=STREAM_LIMIT[given.dtype], **walk.constants | EXACT,
+                STEPS=2.0**bits, LIMIT=SCALING_LIMIT[given.dtype], **walk.constants | EXACT,
             )  # fmt: skip
     return rebuilt, dx, dh
 
@@ -193,11 +203,9 @@ def exact_affine_coupling(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, the log_det and the overflow flag, and writes the state."""
-    x, h, u = walkable(x, h, state)
-    results = couple(x, h, u, inverse, scale, clamp, interleaved, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    x, h = walkable(x, h)
+    with walkable_state(state) as u:
+        return couple(x, h, u, inverse, scale, clamp, interleaved, bits)
 
 
 @exact_affine_coupling.register_fake
@@ -220,11 +228,9 @@ def exact_affine_coupling_bwd(
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the rebuilt x and the gradients of x and h, and writes the state."""
-    y, h, dy, u = walkable(y, h, dy, state)
-    results = couple_bwd(y, h, u, dy, dlog_det, inverse, scale, clamp, interleaved, bits)
-    if u is not state:
-        state.copy_(u)
-    return results
+    y, h, dy = walkable(y, h, dy)
+    with walkable_state(state) as u:
+        return couple_bwd(y, h, u, dy, dlog_det, inverse, scale, clamp, interleaved, bits)
 
 
 @exact_affine_coupling_bwd.register_fake

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revlib.grid import SCALING_LIMIT
 from revlib.kernels.actnorm import channel_batch_and_place_strides
 from revlib.kernels.arithmetic import floor_divide
-from revlib.kernels.exact_scaling import R_BITS, STATE_LIMIT, STREAM_LIMIT, R, flag
+from revlib.kernels.exact_scaling import R_BITS, STATE_LIMIT, R, flag, walkable_state
 from revlib.kernels.walk import new_like, offsets, tile, walkable
 
 DIGIT_BITS = tl.constexpr(23)
@@ -210,7 +211,7 @@ class PixelWalk:
         dtype = tensors[0].dtype
         self.constants: dict[str, Any] = {
             "STEPS": 2.0**bits,
-            "LIMIT": STREAM_LIMIT[dtype],
+            "LIMIT": SCALING_LIMIT[dtype],
             "WIDE": dtype == torch.float64,
             "FLAT": n_batch == 1 or all(b == n_space * place for _, b, place in self.strides),
             # A tile may end past the last place, and must not wrap around there.
@@ -227,17 +228,16 @@ def exact_channel_map(
     x: Tensor, product: Tensor, upper: Tensor, s: Tensor, shift: Tensor, state: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Returns y and the overflow flag, and writes the state."""
-    x, u = walkable(x, state)
+    (x,) = walkable(x)
     y, overflow = new_like(x), x.new_zeros((), dtype=torch.bool)
-    walk = PixelWalk(x, u, y, bits=bits)
-    if walk.n_programs:
-        with torch.cuda.device_of(x):
-            exact_channel_map_kernel[(walk.n_programs,)](
-                x, by_column(product), by_column(upper), s, shift, u, y, overflow,
-                *walk.sizes, *walk.strides, **walk.constants,
-            )  # fmt: skip
-    if u is not state:
-        state.copy_(u)
+    with walkable_state(state) as u:
+        walk = PixelWalk(x, u, y, bits=bits)
+        if walk.n_programs:
+            with torch.cuda.device_of(x):
+                exact_channel_map_kernel[(walk.n_programs,)](
+                    x, by_column(product), by_column(upper), s, shift, u, y, overflow,
+                    *walk.sizes, *walk.strides, **walk.constants,
+                )  # fmt: skip
     return y, overflow
 
 
@@ -257,17 +257,16 @@ def exact_channel_map_inverse(
 
     The order says which row of the output holds each row that is undone.
     """
-    y, u = walkable(y, state)
+    (y,) = walkable(y)
     x, overflow = new_like(y), y.new_zeros((), dtype=torch.bool)
-    walk = PixelWalk(y, u, x, bits=bits)
-    if walk.n_programs:
-        with torch.cuda.device_of(y):
-            exact_channel_map_inverse_kernel[(walk.n_programs,)](
-                y, by_column(lower), by_column(upper), s, sign.contiguous(), shift, order, u, x,
-                overflow, *walk.sizes, *walk.strides, **walk.constants,
-            )  # fmt: skip
-    if u is not state:
-        state.copy_(u)
+    with walkable_state(state) as u:
+        walk = PixelWalk(y, u, x, bits=bits)
+        if walk.n_programs:
+            with torch.cuda.device_of(y):
+                exact_channel_map_inverse_kernel[(walk.n_programs,)](
+                    y, by_column(lower), by_column(upper), s, sign.contiguous(), shift, order, u,
+                    x, overflow, *walk.sizes, *walk.strides, **walk.constants,
+                )  # fmt: skip
     return x, overflow
 
 

@@ -5,29 +5,40 @@ used: kernels that compute it are compiled without fusing multiplications and ad
 compiler does here and not there.
 """
 
-import torch
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from revlib.kernels.arithmetic import exp, floor_divide, round_half_even
+from revlib.kernels.walk import walkable
 
 R_BITS = tl.constexpr(16)
 R = tl.constexpr(2**16)
 LARGEST_S = tl.constexpr(2.0**31)
+SMALLEST_LOG_SCALE = tl.constexpr(math.log(2.0**-15))
+LARGEST_LOG_SCALE = tl.constexpr(math.log(2.0**16))
 STATE_LIMIT = tl.constexpr(2.0**61)
 # X * R is below 2**62 in size; r, C and q add less than 2**33 to it.
 WRAP_LIMIT = tl.constexpr(2.0**62 + 2.0**33)
 TWO_TO_63 = tl.constexpr(2.0**63)
-STREAM_LIMIT = {torch.float32: 2.0**24, torch.float64: 2.0**46}
 # For launches, beside what a walk says.
 EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def divisor(log_s):
-    """S, whole but a float; 1 where log_s is NaN."""
+    """S, whole but a float; of a log_s out of range the nearest, and of NaN 1."""
     s = round_half_even(exp(-log_s) * R)
     return tl.where(s >= 1, tl.minimum(s, LARGEST_S), 1)
+
+
+@triton.jit
+def scale_is_inside(log_s):
+    return (log_s >= SMALLEST_LOG_SCALE) & (log_s <= LARGEST_LOG_SCALE)
 
 
 @triton.jit
@@ -76,3 +87,12 @@ def flag(overflow_ptr, outside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Writes True if anything is outside, as everyone writes it who meets such a value."""
     everywhere = tl.broadcast_to(overflow_ptr, [ROWS, COLUMNS])
     tl.store(everywhere, tl.full([ROWS, COLUMNS], True, tl.int1), mask=outside)
+
+
+@contextmanager
+def walkable_state(state: Tensor) -> Iterator[Tensor]:
+    """The state, or a copy of it that is written back."""
+    (u,) = walkable(state)
+    yield u
+    if u is not state:
+        state.copy_(u)

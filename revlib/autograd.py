@@ -7,6 +7,7 @@ are alive at a time, and each block's gradients are returned as soon as they are
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
@@ -169,7 +170,7 @@ def _run_exactly(
     exact = Exact.of(streams)
     legs = [
         leg._replace(rounds=not leg.is_exact and (following is None or following.is_exact))
-        for leg, following in zip(legs, [*legs[1:], None], strict=True)
+        for leg, following in zip(legs, [*legs[1:], None], strict=False)
     ]
     # What comes before the first exact block keeps its input, so that need not be rounded yet.
     if not legs or legs[0].is_exact:
@@ -235,7 +236,7 @@ def _run_rebuilding(
         )
     form, extras = entry, []
     previous = None
-    for leg, following in zip(legs, [*legs[1:], None], strict=True):
+    for leg, following in zip(legs, [*legs[1:], None], strict=False):
         taken = take_latents(leg, latents)
         needs_grad = any(
             t is not None and t.requires_grad for t in (*streams, *taken, context, *leg.parameters)
@@ -258,7 +259,7 @@ def _run_rebuilding(
         form = node.form_out
         streams, extra = _cut(outputs, form)
         extras.append(extra)
-        previous = leg.policy
+        previous = tape.latest
     streams = convert(streams, form, entry)
     if any(extras):
         streams, extras = _tied(streams, extras)
@@ -305,7 +306,7 @@ def _store(
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
-    with recording(exact, streams, anew=leg.is_anchor):
+    with nullcontext() if exact is None else recording(exact, streams, anew=leg.is_anchor):
         outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
     if in_anomaly_mode():
         check_finite(leg.label, "what it returned", outputs)
@@ -331,7 +332,7 @@ class Node(NamedTuple):
         form: The form in which the block takes it.
         form_out: The form in which it is passed on.
         keeps_output: Whether a rebuild starts here, so that the output must be kept.
-        previous: The policy of the node before, or None if what is before is no node.
+        previous: How the node before gets its activations back, or None if there is no node.
     """
 
     leg: Leg
@@ -359,6 +360,7 @@ class Tape:
         guard: What compares the stream with what it was.
         autocast: The autocast state that the forward pass ran under.
         streams: The stream.
+        latest: How the latest node gets its activations back, whatever its policy.
         state_bytes: The bytes of replay state that all nodes keep.
         context_gradient: The context's gradient so far in this backward pass. The node that begins
             a stretch returns the whole of it, added up in the order in which autograd would have.
@@ -368,6 +370,7 @@ class Tape:
     guard: Guard | None
     autocast: Autocast
     streams: Streams | None = None
+    latest: Policy = "rebuild"
     state_bytes: int = 0
     context_gradient: Tensor | None = None
 
@@ -414,7 +417,10 @@ class BlockFunction(torch.autograd.Function):
         latents, parameters = others[: leg.n_latents], others[leg.n_latents :]
         evaluate = Record(context, leg.label, exact)
         entered = node.enter(arriving)
-        with recording(exact, entered, anew=leg.is_anchor) as use:
+        arithmetic = nullcontext()
+        if exact is not None:
+            arithmetic = recording(exact, entered, anew=leg.is_anchor)
+        with arithmetic as use:
             outputs = leg((*entered, *latents), evaluate)
         if in_anomaly_mode():
             check_finite(leg.label, "what it returned", outputs)
@@ -428,6 +434,7 @@ class BlockFunction(torch.autograd.Function):
         ctx.recompute = leg.policy == "recompute" or (
             leg.whole and any(e.rng is not None or e.priors for e in evaluate.evaluations)
         )
+        tape.latest = "recompute" if ctx.recompute else "rebuild"
         kept, beside = (), extra[1:]
         if ctx.recompute:
             kept, beside = arriving, latents
@@ -454,9 +461,11 @@ class BlockFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         node, leg, tape = ctx.node, ctx.node.leg, ctx.tape
         if torch.is_grad_enabled():
+            scales = tape.exact is not None and tape.exact.used
+            remedy = "policy='store'" + ", and exact=False, for the chain scales" * bool(scales)
             raise RuntimeError(
                 f"{leg.label}: a rebuilt or recomputed block cannot be differentiated twice "
-                "(create_graph=True); give it policy='store'"
+                f"(create_graph=True); give it {remedy}"
             )
         context, state, sample, *saved = ctx.saved_tensors
         kept = tuple(saved[: ctx.n_kept])
@@ -482,7 +491,10 @@ class BlockFunction(torch.autograd.Function):
         if ctx.order:
             gradients = tuple(map(in_order_of, gradients, ctx.order))
         gradients = (*gradients, *extra)
-        with replaying(tape.exact, ctx.use, in_order=ctx.recompute):
+        arithmetic = nullcontext()
+        if tape.exact is not None:
+            arithmetic = replaying(tape.exact, ctx.use, in_order=ctx.recompute)
+        with arithmetic:
             if ctx.recompute:
                 _, pullback = evaluate.vjp_streams(leg, (*node.enter(kept), *beside))
                 gradients = pullback(gradients)

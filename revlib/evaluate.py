@@ -1,7 +1,7 @@
 """How blocks call their sub-networks, so that a chain can record an evaluation and replay it."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -103,9 +103,10 @@ class Evaluate:
         if self.exact is not None and self.exact.narrow is not None:
             x = tree_map(lambda stream: stream.to(self.exact.narrow), x)
         streams = (x,) if isinstance(x, Tensor) else x
-        versions = [_version(stream) for stream in streams]
-        value = self._call(module, (x,) if self.context is None else (x, self.context))
-        if [_version(stream) for stream in streams] != versions:
+        versions = _versions(streams)
+        args = (x,) if self.context is None else (x, self.context)
+        value = self._call(module, args if self.exact is None else tree_map(apart, args))
+        if _versions(streams) != versions:
             raise RuntimeError(
                 f"{self.label}: {kind_of(module)} changed its input in place, but that "
                 "input is a stream of the block and still needed; make the first operation of "
@@ -173,17 +174,18 @@ class Record(Evaluate):
                 kind = scratch if writes_statistics_only(part) else buffers
                 kind += [Slot(part._buffers, *item) for item in part._buffers.items()]
         modes = [part.training for part in parts]
-        copies = {slot.tensor: slot.tensor.clone() for slot in buffers if slot.tensor is not None}
-        before = [(slot, _version(slot.tensor), copies.get(slot.tensor)) for slot in buffers]
+        held = [slot.tensor for slot in buffers]
+        copies = {tensor: tensor.clone() for tensor in held if tensor is not None}
+        versions = _versions(held)
 
         value = super()._call(module, args)
 
         constants, priors = [], []
-        for slot, version, prior in before:
-            if slot.is_untouched() and _version(slot.tensor) == version:
+        for slot, before, after in zip(buffers, versions, _versions(held), strict=True):
+            if slot.is_untouched() and before == after:
                 constants.append(slot)
             else:
-                priors.append(slot._replace(tensor=prior))
+                priors.append(slot._replace(tensor=copies.get(slot.tensor)))
         drew = any(map(differ, rng, rng_states(device)))
         self.evaluations.append(
             Evaluation(
@@ -233,7 +235,7 @@ class Replay(Evaluate):
         super().__init__(None if context is None else _leaf(context), label, exact)
         self.gradients: list[Tensor | None] = [None] * len(parameters)
         self.context_gradient: Tensor | None = None
-        # By identity: parameters and the leaves that stand for them, to their place in `gradients`.
+        # Of parameters and leaves that stand for them, by identity: their place in `gradients`.
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         self._held: list[Tensor] = [*parameters]
         self._autocast = autocast
@@ -263,8 +265,23 @@ class Replay(Evaluate):
         return value, lambda gradient: pullback((gradient,))[0]
 
     def vjp_weights(self, block: nn.Module) -> tuple[Streams, Callable[[Streams], Streams]]:
-        """Like `vjp`, for `weights(block)`: the function takes a gradient for each of them."""
-        return self.vjp_streams(lambda _, evaluate: evaluate.weights(block), ())
+        """Like `vjp`, for `weights(block)`: the function takes a gradient for each of them.
+
+        Where a block knows its gradients in closed form, autograd need not find them. In exact
+        arithmetic it does: gradients are to be those of the stored run to the last bit.
+        """
+        if self.exact is not None or not getattr(block, "knows_pullback", False):
+            return self.vjp_streams(lambda _, evaluate: evaluate.weights(block), ())
+        evaluation = self._pending[Method(block, "weights")].pop()
+        with torch.no_grad(), self._as_the_first_time(evaluation, ()):
+            weights, gradients_of = super()._call(Method(block, "weights_and_pullback"), ())
+
+        def pullback(gradients: Streams) -> Streams:
+            for parameter, gradient in gradients_of(*gradients):
+                self._collect(parameter, gradient)
+            return ()
+
+        return weights, pullback
 
     def vjp_streams(
         self, function: Callable[[Streams, Evaluate], Streams], streams: Streams
@@ -291,8 +308,8 @@ class Replay(Evaluate):
             found = (None,) * len(wanted)
             if live:
                 try:
-                    # What torch.autograd.grad does, without the tenth of a millisecond
-                    # that it takes to look at its arguments.
+                    # What torch.autograd.grad does once it has looked at its arguments, which
+                    # takes longer than a small operation.
                     found = _engine_run_backward(
                         tuple(edges[i] for i in live),
                         tuple(gradients[i].to(dtypes[i]) for i in live),
@@ -404,6 +421,15 @@ class Replay(Evaluate):
             self.gradients[place] = _sum(self.gradients[place], gradient)
 
 
+def apart(x: Tensor) -> Tensor:
+    """Returns `x` with a place of its own in the graph.
+
+    A sub-network may use its input many times. What it says of the gradient is then added up here,
+    before it is added to the stream's, as in backward by rebuilding: sums in floats have an order.
+    """
+    return torch.ops.aten.alias(x) if x.requires_grad else x
+
+
 def _streams_of(args: tuple[Any, ...]) -> Streams:
     """Returns the streams that an evaluation is given, which come before the context."""
     if not args:
@@ -426,11 +452,11 @@ def _device(parts: list[nn.Module], args: tuple[Any, ...]) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def _version(x: Tensor | None) -> int | None:
+def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     """Returns what an in-place write changes, or None where writes are not counted."""
-    if x is None or torch.compiler.is_compiling() or x.is_inference():
-        return None
-    return x._version
+    if torch.compiler.is_compiling():
+        return []
+    return [None if x is None or x.is_inference() else x._version for x in tensors]
 
 
 def _leaf(x: Tensor) -> Tensor:

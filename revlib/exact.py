@@ -19,11 +19,8 @@ from torch._subclasses import FakeTensor
 
 from revlib import functional, reference
 from revlib.dispatch import gradient_is_recorded
+from revlib.grid import BITS, LIMITS
 from revlib.streams import Streams, in_order_of, memory_format
-
-# The grid is the multiples of 2**-bits. What the mantissa holds beside them is the range.
-BITS = {torch.float32: 12, torch.float64: 32}
-LIMITS = {torch.float32: 2.0**12, torch.float64: 2.0**14}
 
 # Where a state starts: in the middle of what a scaling draws from it, so that the first rounding
 # is up as often as down.
@@ -94,62 +91,30 @@ class Exact:
         self.note(label, overflow)
         return x
 
-    def affine_coupling(
+    def scale(
         self,
+        op: str,
         x: Tensor,
-        h: Tensor,
+        *parameters: Tensor | None,
         label: str,
-        *,
         inverse: bool,
         first: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the op of this name; `first`: whether `x` is the first half of the stream."""
-        op = functional.exact_affine_coupling
-        if inverse:
-            op = functional.exact_affine_coupling_inverse
-        y, log_det, overflow = op(x, h, self.slot(x, first=first), bits=self.bits, **options)
+        """Runs an op of `revlib.functional`; `first`: whether `x` is the stream's first half."""
+        run = getattr(functional, f"{op}_inverse" if inverse else op)
+        state = self.slot(x, first=first)
+        y, log_det, overflow = run(x, *parameters, state, bits=self.bits, **options)
         self.note(label, overflow)
         return y, log_det
 
-    def affine_coupling_backward(
-        self, y: Tensor, h: Tensor, dy: Tensor, dlog_det: Tensor, *, inverse: bool, **options: Any
+    def scale_backward(
+        self, op: str, y: Tensor, *given: Tensor, inverse: bool, **options: Any
     ) -> Streams:
-        op = functional.exact_affine_coupling_backward
-        if inverse:
-            op = functional.exact_affine_coupling_inverse_backward
-        return op(y, h, self.slot(y), dy, dlog_det, bits=self.bits, **options)
-
-    def actnorm(
-        self, x: Tensor, log_scale: Tensor, bias: Tensor, label: str, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        op = functional.exact_actnorm_inverse if inverse else functional.exact_actnorm
-        y, log_det, overflow = op(x, log_scale, bias, self.slot(x), bits=self.bits)
-        self.note(label, overflow)
-        return y, log_det
-
-    def actnorm_backward(
-        self,
-        y: Tensor,
-        log_scale: Tensor,
-        bias: Tensor,
-        dy: Tensor,
-        dlog_det: Tensor,
-        *,
-        inverse: bool,
-    ) -> Streams:
-        op = functional.exact_actnorm_backward
-        if inverse:
-            op = functional.exact_actnorm_inverse_backward
-        return op(y, log_scale, bias, self.slot(y), dy, dlog_det, bits=self.bits)
-
-    def channel_map(
-        self, x: Tensor, factors: Streams, label: str, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        op = functional.exact_channel_map_inverse if inverse else functional.exact_channel_map
-        y, log_det, overflow = op(x, *factors, self.slot(x), bits=self.bits)
-        self.note(label, overflow)
-        return y, log_det
+        """Goes back through it, given its parameters, dy and dlog_det."""
+        run = getattr(functional, f"{op}_inverse_backward" if inverse else f"{op}_backward")
+        *parameters, dy, dlog_det = given
+        return run(y, *parameters, self.slot(y), dy, dlog_det, bits=self.bits, **options)
 
     def slot(self, x: Tensor, *, first: bool = False) -> Tensor:
         """Returns the part of the state that a scaling of `x` changes, shaped like `x`.
@@ -214,11 +179,13 @@ class Exact:
         if step == NEVER:
             return
         dtype = str(self.dtype).removeprefix("torch.")
+        lowest, highest = reference.LOG_SCALES
         raise OverflowError(
             f"{self.labels[step]}: an exact chain needs finite values below "
-            f"{LIMITS[self.dtype]:g} in its {dtype} stream, and room in its state where it "
-            "scales; bound what this block computes, give it policy='recompute' (it then starts "
-            "with a fresh state), or build the chain with exact=False"
+            f"{LIMITS[self.dtype]:g} in its {dtype} stream, and where it scales log-scales from "
+            f"{lowest:.3f} to {highest:.2f} and room in its state; bound what this block "
+            "computes, give it policy='recompute' (it then starts with a fresh state), or build "
+            "the chain with exact=False"
         )
 
     def _fresh(self, x: Tensor, columns: int) -> Tensor:
@@ -241,15 +208,12 @@ class Use:
 
 
 @contextmanager
-def recording(exact: Exact | None, streams: Streams, *, anew: bool) -> Iterator[Use]:
+def recording(exact: Exact, streams: Streams, *, anew: bool) -> Iterator[Use]:
     """Notes what a block that is given `streams` does with the state.
 
     If `anew`, it is given a fresh one if it scales.
     """
     use = Use()
-    if exact is None:
-        yield use
-        return
     exact.size = sum(math.prod(x.shape[1:]) for x in streams)
     start, prior, borrowed = len(exact.used), exact.state, exact.borrowed
     if anew:
@@ -263,11 +227,8 @@ def recording(exact: Exact | None, streams: Streams, *, anew: bool) -> Iterator[
 
 
 @contextmanager
-def replaying(exact: Exact | None, use: Use, *, in_order: bool) -> Iterator[None]:
+def replaying(exact: Exact, use: Use, *, in_order: bool) -> Iterator[None]:
     """Gives a block the state as the first time: backwards, or in order with a fresh one."""
-    if exact is None:
-        yield
-        return
     state, borrowed = exact.state, exact.borrowed
     exact.replayed = list(use.columns)
     if in_order:
@@ -310,7 +271,8 @@ class LayoutFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *streams: Tensor) -> Streams:
         ctx.formats = list(map(memory_format, streams))
-        return streams
+        # Of an input that is returned as it is, autograd makes a view with strides of its own.
+        return tuple(x.detach() for x in streams)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Streams:

@@ -44,12 +44,12 @@ class Guard:
     def sample(self, streams: Streams, *, starts: bool) -> Tensor | None:
         """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does.
 
-        It is values at fixed places, and at its end the size of the largest value of all.
+        It is values at fixed places, and at its end the size of each stream's largest value.
         """
         if not starts or not all(map(has_values, streams)):
             return None
-        size = torch.stack([largest(x) for x in streams]).amax(0, keepdim=True)
-        return torch.cat([*(spread(x, len(streams)) for x in streams), size])
+        sizes = (largest(x).unsqueeze(0) for x in streams)
+        return torch.cat([*(spread(x, len(streams)) for x in streams), *sizes])
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
         """Notes how far a rebuilt input is off.
@@ -60,9 +60,10 @@ class Guard:
             rebuilt: The rebuilt input, in the layout of the original.
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
-        again = self.sample(rebuilt, starts=True)
-        # A value that is not finite makes its whole stream's size so, wherever it is.
-        error = relative_error(kept[:-1], again[:-1], kept[-1].abs()) + 0 * again[-1].abs()
+        # The sizes at the end count as values: they are off by no more than some value is, and a
+        # value that is not finite makes its whole stream's size so, wherever it is.
+        size = kept[-len(rebuilt) :].abs().amax()
+        error = relative_error(kept, self.sample(rebuilt, starts=True), size)
         self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
         backward_pass = torch._C._current_graph_task_id()
         if self.error is not None and self._backward_pass == backward_pass:

@@ -69,6 +69,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         exact: bool = False,
     ) -> None:
         super().__init__(*blocks)
+        self._exact, self._policy = False, "store"  # under which any block runs
         self.exact = exact
         self.policy = policy
         self._guard = Guard()
@@ -83,7 +84,12 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     def exact(self, exact: bool) -> None:
         if not isinstance(exact, bool):
             raise TypeError(f"exact must be True or False; got {exact!r}")
-        self._exact = exact
+        before, self._exact = self._exact, exact
+        try:
+            self._resolve(self._policy)
+        except (TypeError, ValueError):
+            self._exact = before
+            raise
 
     @property
     def policy(self) -> Policy | list[Policy]:

@@ -71,7 +71,21 @@ def settle(streams: Streams) -> Streams:
     A kernel may round differently on a strided half and on its dense copy, so both
     evaluations of a sub-network must see the same layout.
     """
-    return tuple([x if x.is_contiguous() else in_format(x, memory_format(x)) for x in streams])
+    return tuple([_settled(x) for x in streams])
+
+
+def _settled(x: Tensor) -> Tensor:
+    format = memory_format(x)
+    x = in_format(x, format)
+    if 1 not in x.shape:
+        return x
+    # Strides of dimensions of size 1 are arbitrary, but libraries choose kernels by them.
+    strides, step = [0] * x.ndim, 1
+    dims = [*range(x.ndim)] if format == torch.contiguous_format else [0, *range(2, x.ndim), 1]
+    for dim in reversed(dims):
+        strides[dim] = step
+        step *= x.shape[dim]
+    return x if x.stride() == tuple(strides) else x.as_strided(x.shape, strides)
 
 
 def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:

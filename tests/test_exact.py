@@ -126,6 +126,50 @@ def test_half_precision_changes_nothing_of_it(name, how, dtype, device):
     assert got["y0"].dtype == (dtype if how == "module" else torch.float)
 
 
+class Gated(nn.Module):
+    """Uses what it is given, and its context, more than once."""
+
+    def __init__(self, c_in: int, c_out: int | None = None) -> None:
+        super().__init__()
+        self.gate, self.value = (nn.Linear(c_in, c_out or c_in) for _ in range(2))
+        self.context = nn.Linear(3, c_out or c_in)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        y = self.value(x) * self.gate(x).sigmoid() + self.context(context * context.tanh())
+        return y + x.sin().mean(1, keepdim=True) + context.sin().mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float", "autocast"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ReversibleSequential(*(coupling(Gated, 4) for _ in range(4))),
+        lambda: ReversibleSequential(*(revlib.SwapCoupling(Gated(4)) for _ in range(4))),
+        lambda: flows.FlowSequential(
+            *(flows.AffineCoupling(Gated(4, 8), flip=bool(i % 2)) for i in range(4)),
+            *(flows.AdditiveCoupling(Gated(4), flip=bool(i % 2)) for i in range(4)),
+            flows.Split(Gated(4, 8)),
+        ),
+    ],
+    ids=["additive", "swap", "flow"],
+)
+def test_sub_networks_may_use_their_inputs_many_times(make, amp, device):
+    torch.manual_seed(0)
+    chain = exact(make()).to(device)
+    args = torch.randn(16, 8, device=device), torch.randn(16, 3, device=device)
+    args = in_dtype(args, torch.float)
+    twin, twin_args = stored(chain), copy.deepcopy(args)
+
+    def run(chain: ReversibleSequential) -> Callable:
+        def call(*args: Tensor) -> Tensor | tuple:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                return chain(*args)
+
+        return call
+
+    assert_equal(step(chain, args, run(chain)), step(twin, twin_args, run(twin)))
+
+
 def deep(depth: int, **options: object) -> ReversibleSequential:
     torch.manual_seed(0)
 
@@ -198,6 +242,52 @@ def test_channels_last_stays_and_changes_nothing_of_it(device):
 
     assert_equal(got, step(twin, (twin_x,)))
     assert got["y0"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float", "autocast"])
+@pytest.mark.parametrize("make", ["additive", "swap", "flow"])
+def test_a_batch_of_one_in_channels_last_is_rebuilt_bit_for_bit(make, amp, device):
+    torch.manual_seed(0)
+
+    def net(c_in: int = 8, c_out: int = 8) -> nn.Module:
+        return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    if make == "flow":
+        layers = [flows.Squeeze()]
+        for _ in range(3):
+            layers += [flows.ActNormConv1x1(16), flows.AffineCoupling(net(8, 16))]
+        chain = flows.FlowSequential(*layers, flows.Split(net(8, 16)), exact=True)
+    else:
+        blocks = {"additive": lambda: coupling(net), "swap": lambda: revlib.SwapCoupling(net())}
+        chain = ReversibleSequential(*(blocks[make]() for _ in range(3)), exact=True)
+    chain = chain.to(device, memory_format=torch.channels_last)
+    x = torch.randn(1, 4 if make == "flow" else 16, 8, 8, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        chain(x)
+    x.requires_grad_()
+    twin, twin_x = copy.deepcopy(chain), x.detach().clone().requires_grad_()
+    twin.policy = "store"
+
+    def run(chain: ReversibleSequential) -> Callable:
+        def call(x: Tensor) -> Tensor | tuple:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                return chain(x)
+
+        return call
+
+    got, want = step(chain, (x,), run(chain)), step(twin, (twin_x,), run(twin))
+    with torch.no_grad():
+        without = tree_leaves(run(chain)(x))
+
+    assert_equal(got, want)
+    assert all(torch.equal(y, got[f"y{i}"]) for i, y in enumerate(without))
+
+
+def test_a_chain_of_no_blocks_gives_what_it_is_given_on_the_grid(device):
+    x = torch.tensor([[0.3 * STEP, 7.7 * STEP]], device=device)
+
+    assert (ReversibleSequential(exact=True)(x) / STEP).tolist() == [[0.0, 8.0]]
 
 
 def test_a_gradient_scaler_changes_nothing_of_it(device):
@@ -354,12 +444,12 @@ def test_a_chain_behind_other_layers_saves_no_more_than_one_that_is_the_first():
 def test_saved_is_the_output_and_where_the_chain_scales_a_state_of_8_bytes_per_element():
     elements = 2 * 2 * 8 * 8
     log_det = 2 * 4
-    sample = 4 * elements // 16  # the drift guard's, with one value beside
+    sample = 4 * elements // 16  # the drift guard's, with one value beside for each stream
 
     _, of_additive = peak_and_saved(deep, 3, 4, "cpu")
     _, of_scaling = peak_and_saved(glow, 3, 2, "cpu")
 
-    assert of_additive == 4 * (2 * elements) + 2 * sample + 4
+    assert of_additive == 4 * (2 * elements) + 2 * sample + 2 * 4
     assert of_scaling == 4 * elements + 8 * elements + log_det + sample + 4
 
 
@@ -418,6 +508,19 @@ def test_a_full_state_raises_and_a_recomputed_block_empties_it():
     chain = shrinking(18, policy=["rebuild"] * 9 + ["recompute"] + ["rebuild"] * 8)
     twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
     assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+@pytest.mark.parametrize("log_scale", [11.2, -10.5])
+def test_a_scale_out_of_range_raises_and_names_the_block(log_scale, policy):
+    layers = [flows.DiagonalScaling((4,)) for _ in range(3)]
+    nn.init.constant_(layers[1].log_scale, log_scale)
+    chain = flows.FlowSequential(*layers, exact=True, policy=policy)
+
+    with pytest.raises(
+        OverflowError, match=r"block 1 \(DiagonalScaling\): .*log-scales from -10.397 to 11.09"
+    ):
+        chain(torch.zeros(2, 4))
 
 
 class Turn(InvertibleModule):
@@ -524,6 +627,60 @@ def test_an_empty_batch_passes(name, device):
     loss_of(chain(x)).backward()
 
     assert x.grad.shape == x.shape
+
+
+def hessian_product(chain: ReversibleSequential, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x, *chain.parameters()]
+    gradients = torch.autograd.grad(loss_of(chain(x)), leaves, create_graph=True)
+    return torch.autograd.grad((gradients[0] * v).sum(), leaves)
+
+
+def test_a_stored_chain_that_only_adds_may_be_differentiated_twice(device):
+    chain = exact(CASES["conv-batchnorm"].make(device)).double().eval()
+    chain.policy = "store"
+    (x,) = in_dtype(CASES["conv-batchnorm"].inputs(device), torch.double)
+    v = torch.randn_like(x)
+    floats = copy.deepcopy(chain)
+    floats.exact = False
+
+    got, want = hessian_product(chain, x, v), hessian_product(floats, x, v)
+
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "make"),
+    [
+        ("exact_actnorm", lambda: flows.ActNorm(4)),
+        ("exact_channel_map", lambda: flows.InvertibleConv1x1(4)),
+        ("exact_affine_coupling", lambda: flows.AffineCoupling(nn.Linear(2, 4))),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_stored_chain_that_scales_says_why_it_cannot_be_differentiated_twice(
+    op, make, direction, device
+):
+    chain = flows.FlowSequential(make(), exact=True, policy="store").to(device)
+    x = torch.randn(8, 4, device=device, requires_grad=True)
+    op += "_inverse" * (direction == "inverse")
+
+    with pytest.raises(RuntimeError, match=f"^{op} .*create_graph=True.*exact=False"):
+        torch.autograd.grad(loss_of(getattr(chain, direction)(x)), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "remedy"),
+    [(deep, 4, "policy='store'$"), (glow, 2, "policy='store', and exact=False")],
+)
+def test_a_rebuilt_chain_says_what_it_takes_to_be_differentiated_twice(
+    make, channels, remedy, device
+):
+    chain = make(2).to(device)
+    x = torch.randn(2, channels, 8, 8, device=device, requires_grad=True)
+
+    with pytest.raises(RuntimeError, match=remedy):
+        torch.autograd.grad(loss_of(chain(x)), x, create_graph=True)
 
 
 def test_transforms_of_torch_func_are_refused():
@@ -660,6 +817,19 @@ def test_exact_may_be_set_anew_and_is_checked():
     assert "exact" not in repr(chain)
     with pytest.raises(TypeError, match="exact must be True or False; got 'x'"):
         chain.exact = "x"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_exact_is_not_set_where_a_block_could_not_be_rebuilt_as_was_asked(exact):
+    other = Turn() if exact else deep(1)
+    blocks = [coupling(mlp, 2), other]
+    chain = ReversibleSequential(*blocks, policy=["rebuild"] * 2, exact=not exact)
+
+    with pytest.raises(ValueError, match=r"block 1 \(\w+\) (cannot|rounds) .*give it policy"):
+        chain.exact = exact
+
+    assert chain.exact is not exact
+    assert chain.policies() == ["rebuild"] * 2
 
 
 def test_tensors_without_values_pass():

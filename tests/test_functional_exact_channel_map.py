@@ -306,6 +306,20 @@ def test_large_rows_raise_the_flag(part, row, direction):
     assert not flag(1024 - 2.0**-14) and flag(1024)
 
 
+@each_direction
+@both_dtypes
+def test_a_diagonal_out_of_range_raises_the_flag(dtype, direction):
+    x, matrix = torch.zeros(1, 2, dtype=dtype), identity(2, dtype)
+
+    def flag(log_d):
+        matrix[2][1] = log_d
+        state = torch.zeros(1, 2, dtype=torch.int64)
+        return OPS[direction](x, *matrix, state, bits=BITS[dtype])[2].item()
+
+    assert not flag(11.09) and not flag(-10.397)
+    assert flag(11.091) and flag(-10.398) and flag(100.0) and flag(-100.0)
+
+
 def test_a_scale_beyond_all_ranges_raises_the_flag():
     """In float64, a product of 74 bits would wrap around to 0."""
     y, matrix = torch.full((1, 1), 2.0**12, dtype=torch.float64), identity(1, torch.float64)

@@ -132,6 +132,29 @@ def test_a_chain_of_several_stretches_tells_of_the_worst(device):
     assert chain.rebuild_error < 1e-5
 
 
+class Noisy(InvertibleModule):
+    """Called whole, and drawing numbers: a chain recomputes it, whatever its policy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(1)
+        return 2 * x
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / 2
+
+
+@pytest.mark.parametrize("before", [0, 2], ids=["first", "in-the-middle"])
+def test_a_stretch_behind_a_block_that_is_recomputed_unasked_is_watched(before, device):
+    torch.manual_seed(0)
+    chain = with_drift(0.02)
+    chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(before)), Noisy(), *chain).to(
+        device
+    )
+
+    with pytest.warns(DriftWarning, match=f"from block {before + 1} "):
+        backward(chain, torch.randn(64, 8, device=device, requires_grad=True))
+
+
 def test_of_an_exact_chain_nothing_is_off(device):
     chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(9)), exact=True).to(device)
     x = torch.randn(64, 8, device=device)

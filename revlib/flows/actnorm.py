@@ -72,7 +72,9 @@ class ActNorm(FlowLayer):
         self.initialize(x, evaluate)
         weights = evaluate.weights(self)
         if evaluate.exact is not None:
-            return evaluate.exact.actnorm(x, *weights, evaluate.label, inverse=False)
+            return evaluate.exact.scale(
+                "exact_actnorm", x, *weights, label=evaluate.label, inverse=False
+            )
         return functional.actnorm(x, *weights)
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
@@ -80,7 +82,9 @@ class ActNorm(FlowLayer):
         check_channels(evaluate.label, y, len(self.log_scale))
         weights = evaluate.weights(self)
         if evaluate.exact is not None:
-            return evaluate.exact.actnorm(y, *weights, evaluate.label, inverse=True)
+            return evaluate.exact.scale(
+                "exact_actnorm", y, *weights, label=evaluate.label, inverse=True
+            )
         return functional.actnorm_inverse(y, *weights)
 
     def backward_streams(
@@ -91,8 +95,8 @@ class ActNorm(FlowLayer):
         if evaluate.exact is None:
             x, dx, *dweights = functional.actnorm_backward(y, *weights, dy, dlog_det)
         else:
-            x, dx, *dweights = evaluate.exact.actnorm_backward(
-                y, *weights, dy, dlog_det, inverse=False
+            x, dx, *dweights = evaluate.exact.scale_backward(
+                "exact_actnorm", y, *weights, dy, dlog_det, inverse=False
             )
         pullback(dweights)
         return (x,), (dx,)
@@ -105,8 +109,8 @@ class ActNorm(FlowLayer):
         if evaluate.exact is None:
             y, dy, *dweights = functional.actnorm_inverse_backward(x, *weights, dx, dlog_det)
         else:
-            y, dy, *dweights = evaluate.exact.actnorm_backward(
-                x, *weights, dx, dlog_det, inverse=True
+            y, dy, *dweights = evaluate.exact.scale_backward(
+                "exact_actnorm", x, *weights, dx, dlog_det, inverse=True
             )
         pullback(dweights)
         return (y,), (dy,)

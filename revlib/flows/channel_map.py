@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from revlib.dispatch import gradient_is_recorded
@@ -13,10 +12,18 @@ from revlib.evaluate import Evaluate, Replay
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.checks import check_channel_count, check_channels
 from revlib.flows.layer import FlowLayer, wide_sum, zeros
+from revlib.flows.lu import LUFactors
 from revlib.functional._checks import check_flags
+from revlib.functional._exact_scaling import check_differentiated_once
 from revlib.reference._actnorm import space, sum_per_channel
 from revlib.replay import autocast_off
 from revlib.streams import Streams, memory_format
+
+EXACT_OP = "exact_channel_map"
+
+# From the gradients of weights to parameters, each with its gradient.
+Gradients = list[tuple[Tensor, Tensor]]
+Pullback = Callable[[Tensor, Tensor, Tensor], Gradients]
 
 
 class ChannelMap(FlowLayer):
@@ -36,6 +43,18 @@ class ChannelMap(FlowLayer):
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         raise NotImplementedError
 
+    @property
+    def knows_pullback(self) -> bool:
+        """Whether `weights_and_pullback` may be called, for autograd takes three times as long."""
+        return False
+
+    def weights_and_pullback(self) -> tuple[Streams, Pullback]:
+        """Returns the matrix, the bias and None, and what gives the parameters' gradients.
+
+        That is a function of the gradients of all that `weights` returns.
+        """
+        raise NotImplementedError
+
     def factors(self) -> tuple[Tensor | None, ...]:
         """Returns L, U, log |d|, the signs of d, P, and the bias or None."""
         raise NotImplementedError
@@ -46,7 +65,8 @@ class ChannelMap(FlowLayer):
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
             return self._map_exactly(x, matrix, bias, log_abs_det, evaluate, inverse=False)
-        return mapped(x, matrix, bias), zeros(x) + space(x) * log_abs_det
+        with autocast_off(x.device):
+            return mapped(x, matrix, bias), zeros(x) + space(x) * log_abs_det
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,) = streams
@@ -54,20 +74,23 @@ class ChannelMap(FlowLayer):
         matrix, bias, log_abs_det = evaluate.weights(self)
         if evaluate.exact is not None:
             return self._map_exactly(y, matrix, bias, log_abs_det, evaluate, inverse=True)
-        return mapped(y, *inverted(matrix, bias)), zeros(y) - space(y) * log_abs_det
+        with autocast_off(y.device):
+            return mapped(y, *inverted(matrix, bias)), zeros(y) - space(y) * log_abs_det
 
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
         (y,), (dy, dlog_det) = outputs, gradients
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        if evaluate.exact is not None:
-            factors = evaluate.factors(self)
-            x, _ = evaluate.exact.channel_map(y, factors, evaluate.label, inverse=True)
-        else:
-            x = mapped(y, *inverted(matrix, bias))
-        dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
-        pullback(dweights)
+        with autocast_off(y.device):
+            if evaluate.exact is not None:
+                x, _ = evaluate.exact.scale(
+                    EXACT_OP, y, *evaluate.factors(self), label=evaluate.label, inverse=True
+                )
+            else:
+                x = mapped(y, *inverted(matrix, bias))
+            dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
+            pullback(dweights)
         return (x,), (dx,)
 
     def inverse_backward_streams(
@@ -75,13 +98,15 @@ class ChannelMap(FlowLayer):
     ) -> tuple[Streams, Streams]:
         (x,), (dx, dlog_det) = outputs, gradients
         (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        if evaluate.exact is not None:
-            factors = evaluate.factors(self)
-            y, _ = evaluate.exact.channel_map(x, factors, evaluate.label, inverse=False)
-        else:
-            y = mapped(x, matrix, bias)
-        dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
-        pullback(dweights)
+        with autocast_off(x.device):
+            if evaluate.exact is not None:
+                y, _ = evaluate.exact.scale(
+                    EXACT_OP, x, *evaluate.factors(self), label=evaluate.label, inverse=False
+                )
+            else:
+                y = mapped(x, matrix, bias)
+            dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
+            pullback(dweights)
         return (y,), (dy,)
 
     def extra_repr(self) -> str:
@@ -98,7 +123,9 @@ class ChannelMap(FlowLayer):
         inverse: bool,
     ) -> tuple[Tensor, Tensor]:
         def run(x: Tensor) -> tuple[Tensor, Tensor]:
-            return evaluate.exact.channel_map(x, factors, evaluate.label, inverse=inverse)
+            return evaluate.exact.scale(
+                EXACT_OP, x, *factors, label=evaluate.label, inverse=inverse
+            )
 
         factors = evaluate.factors(self)
         if gradient_is_recorded(x, matrix):
@@ -156,10 +183,13 @@ class InvertibleConv1x1(ChannelMap):
             weight = self.weight  # once: a parametrization may give another one each time
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             return weight, None, torch.linalg.slogdet(wide).logabsdet
-        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
-        with autocast_off(upper.device):
-            product = torch.addmm(upper, self.lower.tril(-1), upper)  # L U, without L's diagonal
-            return self.permutation @ product, None, wide_sum(self.log_diagonal)
+        lu = self.lu_factors()
+        right = lu.right()
+        with autocast_off(right.device):
+            return lu.product(right), None, wide_sum(lu.log_diagonal)
+
+    def lu_factors(self) -> LUFactors:
+        return LUFactors(self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
 
     def factors(self) -> tuple[Tensor | None, ...]:
         if self.lu:
@@ -209,6 +239,37 @@ class ActNormConv1x1(ChannelMap):
         with autocast_off(matrix.device):
             return matrix * log_scale.exp(), matrix @ bias, log_abs_det + wide_sum(log_scale)
 
+    @property
+    def knows_pullback(self) -> bool:
+        # A parametrized module has a class of its own, and one without LU factors a parameter.
+        classes = type(self), type(self.actnorm), type(self.conv)
+        names = *self.actnorm._parameters, *self.conv._parameters
+        return classes == (ActNormConv1x1, ActNorm, InvertibleConv1x1) and names == (
+            "log_scale", "bias", "lower", "upper", "log_diagonal"
+        )  # fmt: skip
+
+    def weights_and_pullback(self) -> tuple[Streams, Pullback]:
+        log_scale, bias = self.actnorm.weights()
+        lu = self.conv.lu_factors()
+        right, scale = lu.right(), log_scale.exp()
+        with autocast_off(bias.device):
+            unscaled = lu.product(right)
+            matrix, moved = unscaled * scale, unscaled @ bias
+
+        def pullback(dmatrix: Tensor, dbias: Tensor, dlog_abs_det: Tensor) -> Gradients:
+            dmatrix, dbias = dmatrix.to(matrix.dtype), dbias.to(bias.dtype)
+            dunscaled = torch.addr(dmatrix * scale, dbias, bias)
+            dlower, dupper, dlog_diagonal = lu.gradients(right, dunscaled)
+            return [
+                (log_scale, (dmatrix * matrix).sum(0) + dlog_abs_det),
+                (bias, unscaled.T @ dbias),
+                (lu.lower, dlower),
+                (lu.upper, dupper),
+                (lu.log_diagonal, dlog_diagonal + dlog_abs_det),
+            ]
+
+        return (matrix, moved, None), pullback
+
     def factors(self) -> tuple[Tensor | None, ...]:
         log_scale, _ = self.actnorm.weights()
         _, bias, _ = self.weights()
@@ -243,11 +304,12 @@ class ExactMapFunction(torch.autograd.Function):
         return result, log_det
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dresult: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once(EXACT_OP, ctx.inverse)
         x, matrix = ctx.saved_tensors
         gradients = inverse_gradients_at if ctx.inverse else gradients_at
-        dgiven, dmatrix, dbias, dlog_abs_det = gradients(x, dresult, dlog_det, matrix)
+        with autocast_off(x.device):
+            dgiven, dmatrix, dbias, dlog_abs_det = gradients(x, dresult, dlog_det, matrix)
         dbias = dbias if ctx.has_bias else None
         return dgiven, dmatrix, dbias, dlog_abs_det, None, None
 
@@ -268,38 +330,31 @@ def inverse_gradients_at(x: Tensor, dx: Tensor, dlog_det: Tensor, matrix: Tensor
 
 def mapped(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Applies a matrix to the channels of every pixel; keeps dtype and memory format."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    wide, matrix = x.to(dtype), matrix.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    if x.dtype.itemsize < 4:
+        return mapped(x.float(), matrix, bias).to(x.dtype)
+    matrix = matrix.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     # Not a convolution, which on a GPU may round its factors to TF32.
-    with autocast_off(x.device):
-        if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
-            y = F.linear(wide.movedim(1, -1), matrix, bias).movedim(-1, 1)
-        else:
-            # Not `matrix @`, which rounds otherwise where the matrix requires grad.
-            matrices, pixels = matrix.expand(len(x), -1, -1), wide.flatten(2)
-            if bias is None:
-                y = torch.bmm(matrices, pixels).view_as(x)
-            else:
-                y = torch.baddbmm(bias.unsqueeze(1), matrices, pixels).view_as(x)
-    return y.to(x.dtype)
+    if x.ndim == 2 or memory_format(x) != torch.contiguous_format:
+        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
+    # Not `matrix @`, which rounds otherwise where the matrix requires grad.
+    matrices, pixels = matrix.expand(len(x), -1, -1), x.flatten(2)
+    if bias is None:
+        return torch.bmm(matrices, pixels).view_as(x)
+    return torch.baddbmm(bias.unsqueeze(1), matrices, pixels).view_as(x)
 
 
 def inverted(matrix: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Returns the matrix, inverted in float64, and the bias of the inverse map."""
     # inv_ex does not make the CPU wait for the GPU to say whether the matrix is singular.
     inverse = torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
-    if bias is None:
-        return inverse, None
-    with autocast_off(bias.device):
-        return inverse, -inverse @ bias
+    return inverse, None if bias is None else -inverse @ bias
 
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:
     """Sums the outer products of the channels over all pixels of all samples."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     dy, x = dy.to(dtype), x.to(dtype)
-    with autocast_off(x.device):
-        if x.ndim == 2:
-            return dy.T @ x
-        return (dy.flatten(2) @ x.flatten(2).mT).sum(0)
+    if x.ndim == 2:
+        return dy.T @ x
+    return (dy.flatten(2) @ x.flatten(2).mT).sum(0)

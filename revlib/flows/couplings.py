@@ -242,9 +242,10 @@ class AffineCoupling(Coupling):
         if evaluate.exact is not None:
             h = self._with_kept(x, h, SCALE_BY_ONE[self.scale])
             first = self.flip and self.mask == "channel"
-            return evaluate.exact.affine_coupling(
-                x, h, evaluate.label, inverse=inverse, first=first, **self._options()
-            )
+            return evaluate.exact.scale(
+                "exact_affine_coupling", x, h,
+                label=evaluate.label, inverse=inverse, first=first, **self._options(),
+            )  # fmt: skip
         ops = {
             ("channel", False): functional.affine_coupling,
             ("channel", True): functional.affine_coupling_inverse,
@@ -265,8 +266,8 @@ class AffineCoupling(Coupling):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if evaluate.exact is not None:
             h = self._with_kept(y, h, SCALE_BY_ONE[self.scale])
-            x, dx, dh = evaluate.exact.affine_coupling_backward(
-                y, h, dy, dlog_det, inverse=inverse, **self._options()
+            x, dx, dh = evaluate.exact.scale_backward(
+                "exact_affine_coupling", y, h, dy, dlog_det, inverse=inverse, **self._options()
             )
             return x, dx, self._with_kept(y, dh, 0.0)
         # The op without its checks, which `couple` made of the like.

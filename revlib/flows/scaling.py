@@ -8,6 +8,8 @@ from revlib.flows.checks import check_sample_shape, checked_shape
 from revlib.flows.layer import FlowLayer, wide_sum, zeros
 from revlib.streams import Streams
 
+EXACT_OP = "exact_affine_coupling"  # with a shift of 0
+
 
 class DiagonalScaling(FlowLayer):
     r"""Scales each element of a sample by a factor of its own: the last layer of NICE.
@@ -43,16 +45,18 @@ class DiagonalScaling(FlowLayer):
         (x,), (log_scale,) = streams, evaluate.weights(self)
         check_sample_shape(evaluate.label, x, self.log_scale.shape)
         if evaluate.exact is not None:
-            h = as_h(log_scale, x)
-            return evaluate.exact.affine_coupling(x, h, evaluate.label, inverse=False, scale="exp")
+            return evaluate.exact.scale(
+                EXACT_OP, x, as_h(log_scale, x), label=evaluate.label, inverse=False, scale="exp"
+            )
         return (x * log_scale.exp()).to(x.dtype), zeros(x) + wide_sum(log_scale)
 
     def inverse_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:
         (y,), (log_scale,) = streams, evaluate.weights(self)
         check_sample_shape(evaluate.label, y, self.log_scale.shape)
         if evaluate.exact is not None:
-            h = as_h(log_scale, y)
-            return evaluate.exact.affine_coupling(y, h, evaluate.label, inverse=True, scale="exp")
+            return evaluate.exact.scale(
+                EXACT_OP, y, as_h(log_scale, y), label=evaluate.label, inverse=True, scale="exp"
+            )
         return (y * (-log_scale).exp()).to(y.dtype), zeros(y) - wide_sum(log_scale)
 
     def backward_streams(
@@ -61,8 +65,8 @@ class DiagonalScaling(FlowLayer):
         (y,), (dy, dlog_det) = outputs, gradients
         (log_scale,), pullback = evaluate.vjp_weights(self)
         if evaluate.exact is not None:
-            x, dx, dh = evaluate.exact.affine_coupling_backward(
-                y, as_h(log_scale, y), dy, dlog_det, inverse=False, scale="exp"
+            x, dx, dh = evaluate.exact.scale_backward(
+                EXACT_OP, y, as_h(log_scale, y), dy, dlog_det, inverse=False, scale="exp"
             )
             pullback((dh.sum(0)[: len(log_scale)],))
             return (x,), (dx,)
@@ -76,8 +80,8 @@ class DiagonalScaling(FlowLayer):
         (x,), (dx, dlog_det) = outputs, gradients
         (log_scale,), pullback = evaluate.vjp_weights(self)
         if evaluate.exact is not None:
-            y, dy, dh = evaluate.exact.affine_coupling_backward(
-                x, as_h(log_scale, x), dx, dlog_det, inverse=True, scale="exp"
+            y, dy, dh = evaluate.exact.scale_backward(
+                EXACT_OP, x, as_h(log_scale, x), dx, dlog_det, inverse=True, scale="exp"
             )
             pullback((dh.sum(0)[: len(log_scale)],))
             return (y,), (dy,)

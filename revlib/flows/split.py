@@ -106,7 +106,9 @@ class Split(FlowLayer):
     ) -> tuple[Tensor, Tensor]:
         options = {"scale": self.scale, "clamp": self.clamp}
         if evaluate.exact is not None:
-            return evaluate.exact.affine_coupling(x, h, evaluate.label, inverse=inverse, **options)
+            return evaluate.exact.scale(
+                "exact_affine_coupling", x, h, label=evaluate.label, inverse=inverse, **options
+            )
         op = functional.affine_coupling_inverse if inverse else functional.affine_coupling
         return op(x, h, **options)
 
@@ -122,8 +124,8 @@ class Split(FlowLayer):
     ) -> Streams:
         options = {"scale": self.scale, "clamp": self.clamp}
         if evaluate.exact is not None:
-            return evaluate.exact.affine_coupling_backward(
-                y, h, dy, dlog_det, inverse=inverse, **options
+            return evaluate.exact.scale_backward(
+                "exact_affine_coupling", y, h, dy, dlog_det, inverse=inverse, **options
             )
         op = functional.affine_coupling_backward
         if inverse:

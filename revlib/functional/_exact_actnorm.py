@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from revlib import reference
 from revlib.dispatch import gradient_is_recorded, kernels_apply_to
 from revlib.functional._checks import check_shape, check_tensors
-from revlib.functional._exact_scaling import check_exact_stream
+from revlib.functional._exact_scaling import check_differentiated_once, check_exact_stream
 
 
 def exact_actnorm(
@@ -18,7 +17,7 @@ def exact_actnorm(
     r"""Scales and shifts each channel on a grid, and keeps what rounding drops.
 
     .. math:: y = x \cdot a + b, \qquad a = 2^{16} / S, \quad
-        S = \operatorname{round}(2^{16} \exp(-s)) \text{ from } 1 \text{ to } 2^{31}
+        S = \operatorname{round}(2^{16} \exp(-s))
 
     What `exact_affine_coupling` says of the grid, the state and the ranges holds here too.
 
@@ -151,10 +150,10 @@ class ExactActNormFunction(torch.autograd.Function):
         return result, log_det, overflow
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dresult: Tensor, dlog_det: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("exact_actnorm", ctx.inverse)
         tensors = *ctx.saved_tensors, dresult, dlog_det
         return *gradients(*tensors, ctx.inverse), None, None, None
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from revlib import reference
 from revlib.dispatch import gradient_is_recorded, kernels_apply_to
 from revlib.functional._checks import check_inplace, check_integer, check_shape, check_tensors
-
-# On a finer grid, the range in which sums are exact would end below 1.
-LARGEST_BITS = {torch.float32: 23, torch.float64: 52}
+from revlib.grid import LARGEST_ADDING_BITS
 
 
 def exact_additive_coupling(
@@ -122,11 +120,11 @@ def run(x: Tensor, update: Tensor, inverse: bool, bits: int) -> tuple[Tensor, Te
 def check_door(op: str, bits: int, inplace: bool, **tensors: Tensor) -> None:
     check_tensors(op, **tensors)
     (name, stream), (_, update) = tensors.items()
-    if stream.dtype not in LARGEST_BITS:
+    if stream.dtype not in LARGEST_ADDING_BITS:
         raise TypeError(f"{op}: {name} must be float32 or float64; got {stream.dtype}")
     if stream.ndim == 0:
         raise ValueError(f"{op}: {name} must have a dimension at least; got a scalar")
     check_shape(op, "update", update, stream.shape, f"shaped like {name}")
-    check_integer(op, "bits", bits, 0, LARGEST_BITS[stream.dtype])
+    check_integer(op, "bits", bits, 0, LARGEST_ADDING_BITS[stream.dtype])
     if inplace:
         check_inplace(op, (stream,), update)

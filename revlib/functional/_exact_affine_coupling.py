@@ -4,19 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from revlib import reference
 from revlib.dispatch import gradient_is_recorded, kernels_apply_to
-from revlib.functional._affine_coupling import SCALES
-from revlib.functional._checks import (
-    check_choice,
-    check_flags,
-    check_positive,
-    check_shape,
-    check_tensors,
-)
-from revlib.functional._exact_scaling import check_exact_stream
+from revlib.functional import _affine_coupling
+from revlib.functional._exact_scaling import check_differentiated_once, check_exact_stream
 
 
 def exact_affine_coupling(
@@ -32,7 +24,7 @@ def exact_affine_coupling(
     r"""Scales and shifts on a grid, and keeps what rounding drops, so that undoing it is exact.
 
     .. math:: y = x \cdot a + t, \qquad a = 2^{16} / S, \quad
-        S = \operatorname{round}(2^{16} \exp(-s)) \text{ from } 1 \text{ to } 2^{31}
+        S = \operatorname{round}(2^{16} \exp(-s))
 
     The log-scale :math:`s` and the shift :math:`t` are those that `affine_coupling` takes from
     `h`. The grid is the multiples of :math:`2^{-k}`, with k = `bits`: `x` must be on it, `t` is
@@ -43,7 +35,8 @@ def exact_affine_coupling(
 
     All holds as long as every value is in range: the state below 2**61 (and never below 0), and
 
-    .. math:: |x|, |y| < 2^{24 - k} \text{ in float32}, \qquad < 2^{46 - k} \text{ in float64}
+    .. math:: |x|, |y| < 2^{24 - k} \text{ in float32}, \qquad < 2^{46 - k} \text{ in float64},
+        \qquad -15 \ln 2 \le s \le 16 \ln 2
 
     The gradient is that of :math:`y = x \cdot a + t` with :math:`da / ds = a` (straight-through).
 
@@ -193,17 +186,10 @@ def checked(
     state: Tensor,
     **tensors: Tensor,
 ) -> Options:
-    check_tensors(op, **tensors)
-    check_choice(op, "scale", scale, SCALES)
-    check_positive(op, "clamp", clamp)
-    check_flags(op, interleaved=interleaved)
-    (name, stream), (_, h), *gradients = tensors.items()
+    options = _affine_coupling.checked(op, scale, clamp, interleaved, False, **tensors)
+    name, stream = next(iter(tensors.items()))
     check_exact_stream(op, name, stream, state, bits)
-    batch, channels, *space = stream.shape
-    check_shape(op, "h", h, (batch, 2 * channels, *space), f"[batch, 2 * channels, ...] of {name}")
-    for (gradient_name, gradient), shape in zip(gradients, (stream.shape, (batch,)), strict=False):
-        check_shape(op, gradient_name, gradient, shape, "shaped like what it is the gradient of")
-    return Options(scale, float(clamp), interleaved, bits)
+    return Options(*options, bits)
 
 
 class ExactAffineCouplingFunction(torch.autograd.Function):
@@ -223,10 +209,10 @@ class ExactAffineCouplingFunction(torch.autograd.Function):
         return result, log_det, overflow
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dresult: Tensor, dlog_det: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
+        check_differentiated_once("exact_affine_coupling", ctx.inverse)
         x, h = ctx.saved_tensors
         dgiven, dh = gradients(x, h, dresult, dlog_det, ctx.inverse, ctx.options)
         return dgiven, dh, None, None, None

@@ -29,7 +29,7 @@ def exact_channel_map(
 
     .. math:: y = W x + b, \qquad W = P L (U + \operatorname{diag}(\sigma d)), \quad
         d = 2^{16} / S, \quad
-        S = \operatorname{round}(2^{16} \exp(-s)) \text{ from } 1 \text{ to } 2^{31}
+        S = \operatorname{round}(2^{16} \exp(-s))
 
     The triangular factors L and U add to each channel what others contribute, rounded to the
     grid, which `exact_channel_map_inverse` takes off again; scaling by d is that of
@@ -82,13 +82,7 @@ def exact_channel_map(
     """
     parameters = lower, upper, log_diagonal, sign, permutation, bias
     check("exact_channel_map", *parameters, state, bits, x=x)
-    if not runs_as_kernel(x, *parameters):
-        return reference.exact_channel_map(x, *parameters, state, bits)
-    from revlib.kernels import exact_channel_map as kernels
-
-    f = reference.channel_map_factors(*parameters, bits)
-    y, overflow = kernels.exact_channel_map(x, f.product, f.upper, f.s, f.shift, state, bits)
-    return y, reference.channel_map_log_det(x, f.s, log_diagonal), overflow | ~f.in_range
+    return run(x, parameters, state, False, bits)
 
 
 @torch.no_grad()
@@ -113,15 +107,27 @@ def exact_channel_map_inverse(
     """
     parameters = lower, upper, log_diagonal, sign, permutation, bias
     check("exact_channel_map_inverse", *parameters, state, bits, y=y)
-    if not runs_as_kernel(y, *parameters):
-        return reference.exact_channel_map_inverse(y, *parameters, state, bits)
+    return run(y, parameters, state, True, bits)
+
+
+def run(
+    x: Tensor, parameters: tuple[Tensor | None, ...], state: Tensor, inverse: bool, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not runs_as_kernel(x, *parameters):
+        op = reference.exact_channel_map_inverse if inverse else reference.exact_channel_map
+        return op(x, *parameters, state, bits)
     from revlib.kernels import exact_channel_map as kernels
 
     f = reference.channel_map_factors(*parameters, bits)
-    x, overflow = kernels.exact_channel_map_inverse(
-        y, f.lower, f.upper, f.s, f.sign, f.shift, f.order.argsort(), state, bits
-    )
-    return x, -reference.channel_map_log_det(y, f.s, log_diagonal), overflow | ~f.in_range
+    _, _, log_diagonal, *_ = parameters
+    log_det = reference.channel_map_log_det(x, f.s, log_diagonal)
+    if inverse:
+        y, overflow = kernels.exact_channel_map_inverse(
+            x, f.lower, f.upper, f.s, f.sign, f.shift, f.order.argsort(), state, bits
+        )
+    else:
+        y, overflow = kernels.exact_channel_map(x, f.product, f.upper, f.s, f.shift, state, bits)
+    return y, -log_det if inverse else log_det, overflow | ~f.in_range
 
 
 def runs_as_kernel(stream: Tensor, *parameters: Tensor | None) -> bool:

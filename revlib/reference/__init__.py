@@ -48,6 +48,7 @@ from revlib.reference._exact_channel_map import (
     exact_channel_map,
     exact_channel_map_inverse,
 )
+from revlib.reference._exact_scaling import LOG_SCALES, divisor, scales_fit
 from revlib.reference._gaussian_log_prob import gaussian_log_prob
 from revlib.reference._masked_affine_coupling import (
     kept_elements,
@@ -67,6 +68,7 @@ from revlib.reference._squeeze import squeeze, unsqueeze
 from revlib.reference._sums import sum_per_sample
 
 __all__ = [
+    "LOG_SCALES",
     "actnorm",
     "actnorm_backward",
     "actnorm_init",
@@ -78,6 +80,7 @@ __all__ = [
     "affine_coupling_inverse_backward",
     "channel_map_factors",
     "channel_map_log_det",
+    "divisor",
     "exact_actnorm",
     "exact_actnorm_backward",
     "exact_actnorm_gradients",
@@ -105,6 +108,7 @@ __all__ = [
     "masked_affine_coupling_inverse",
     "masked_affine_coupling_inverse_backward",
     "raw_and_shift",
+    "scales_fit",
     "spline_coupling",
     "spline_coupling_backward",
     "spline_coupling_inverse",

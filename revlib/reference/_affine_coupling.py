@@ -38,7 +38,7 @@ def affine_coupling_backward(
     scaled = y - shift
     x = scaled / factor
     dx = dy * factor
-    draw = (dy * scaled + per_sample(dlog_det, y)) * slope
+    draw = torch.addcmul(per_sample(dlog_det, y), dy, scaled).mul_(slope)
     return x.to(y.dtype), dx.to(y.dtype), join(draw, dy, interleaved).to(h.dtype)
 
 
@@ -103,7 +103,7 @@ def factor_and_slope(raw: Tensor, scale: str, clamp: float) -> tuple[Tensor, Ten
     if scale == "sigmoid":
         gate = torch.sigmoid(raw + 2)
         factor = gate + 1e-3
-        return factor, gate * (1 - gate) / factor
+        return factor, torch.addcmul(gate, gate, gate, value=-1).div_(factor)
     log_s, slope = log_scale_and_slope(raw, scale, clamp)
     return log_s.exp(), slope
 

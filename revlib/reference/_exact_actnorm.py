@@ -6,9 +6,10 @@ from torch import Tensor
 from revlib.reference._actnorm import actnorm_log_det, per_channel, space, sum_per_channel
 from revlib.reference._exact_scaling import (
     divisor,
-    is_finite,
+    has_finite_sum,
     ratio_of,
     scale_and_shift,
+    scales_fit,
     unshift_and_unscale,
 )
 
@@ -18,7 +19,7 @@ def exact_actnorm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     s, shift = divisor_and_shift(log_scale, bias, x)
     y, overflow = scale_and_shift(x, s, shift, state, bits)
-    return y, -log_ratio(s, x), overflow | ~(is_finite(log_scale) & is_finite(bias))
+    return y, -log_ratio(s, x), overflow | ~(scales_fit(log_scale) & has_finite_sum(bias))
 
 
 def exact_actnorm_inverse(
@@ -26,7 +27,7 @@ def exact_actnorm_inverse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     s, shift = divisor_and_shift(log_scale, bias, y)
     x, overflow = unshift_and_unscale(y, s, shift, state, bits)
-    return x, log_ratio(s, y), overflow | ~(is_finite(log_scale) & is_finite(bias))
+    return x, log_ratio(s, y), overflow | ~(scales_fit(log_scale) & has_finite_sum(bias))
 
 
 def exact_actnorm_backward(

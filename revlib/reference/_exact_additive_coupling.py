@@ -8,25 +8,22 @@ Plain additive coupling is ``x + update``, one pass in PyTorch already, so it ha
 import torch
 from torch import Tensor
 
+from revlib.grid import ADDING_LIMIT
+
 
 def exact_additive_coupling(x: Tensor, update: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     y = torch.add(x, grid_steps(update, x, bits), alpha=2.0**-bits)
-    return y, is_out_of_range(y, exact_limit(y, bits))
+    return y, is_out_of_range(y, ADDING_LIMIT[y.dtype] / 2**bits)
 
 
 def exact_additive_coupling_inverse(y: Tensor, update: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     x = torch.sub(y, grid_steps(update, y, bits), alpha=2.0**-bits)
-    return x, is_out_of_range(x, exact_limit(x, bits))
+    return x, is_out_of_range(x, ADDING_LIMIT[x.dtype] / 2**bits)
 
 
 def grid_steps(update: Tensor, like: Tensor, bits: int) -> Tensor:
     """The nearest whole number of steps of 2**-bits; halfway between two, the even one."""
     return (update.to(like.dtype) * 2.0**bits).round_()
-
-
-def exact_limit(like: Tensor, bits: int) -> float:
-    """What the mantissa can hold beside the grid's bits."""
-    return 2 / torch.finfo(like.dtype).eps / 2**bits
 
 
 def is_out_of_range(x: Tensor, limit: float) -> Tensor:

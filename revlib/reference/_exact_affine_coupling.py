@@ -10,9 +10,10 @@ from revlib.reference._affine_coupling import (
 )
 from revlib.reference._exact_scaling import (
     divisor,
-    is_finite,
+    has_finite_sum,
     ratio_of,
     scale_and_shift,
+    scales_fit,
     unshift_and_unscale,
 )
 from revlib.reference._sums import sum_per_sample
@@ -21,21 +22,17 @@ from revlib.reference._sums import sum_per_sample
 def exact_affine_coupling(
     x: Tensor, h: Tensor, state: Tensor, scale: str, clamp: float, interleaved: bool, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide_h = widened(h, x)
-    raw, shift = raw_and_shift(wide_h, interleaved)
-    s = divisor(log_scale(raw, scale, clamp))
+    s, shift, h_fits = scaling(h, x, scale, clamp, interleaved)
     y, overflow = scale_and_shift(x, s, shift, state, bits)
-    return y, -log_ratio(s), overflow | ~is_finite(wide_h)
+    return y, -log_ratio(s), overflow | ~h_fits
 
 
 def exact_affine_coupling_inverse(
     y: Tensor, h: Tensor, state: Tensor, scale: str, clamp: float, interleaved: bool, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide_h = widened(h, y)
-    raw, shift = raw_and_shift(wide_h, interleaved)
-    s = divisor(log_scale(raw, scale, clamp))
+    s, shift, h_fits = scaling(h, y, scale, clamp, interleaved)
     x, overflow = unshift_and_unscale(y, s, shift, state, bits)
-    return x, log_ratio(s), overflow | ~is_finite(wide_h)
+    return x, log_ratio(s), overflow | ~h_fits
 
 
 def exact_affine_coupling_backward(
@@ -49,9 +46,7 @@ def exact_affine_coupling_backward(
     interleaved: bool,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raw, shift = raw_and_shift(widened(h, y), interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
-    s = divisor(log_s)
+    s, shift, slope = scaling_and_slope(h, y, scale, clamp, interleaved)
     x, _ = unshift_and_unscale(y, s, shift, state, bits)
     dx, draw = gradients(x, s, dy, dlog_det, slope)
     return x, dx, joined(draw, dy, h, interleaved)
@@ -68,9 +63,7 @@ def exact_affine_coupling_inverse_backward(
     interleaved: bool,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raw, shift = raw_and_shift(widened(h, x), interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
-    s = divisor(log_s)
+    s, shift, slope = scaling_and_slope(h, x, scale, clamp, interleaved)
     y, _ = scale_and_shift(x, s, shift, state, bits)
     dy, draw = inverse_gradients(x, s, dx, dlog_det, slope)
     return y, dy, joined(draw, -dy, h, interleaved)
@@ -86,9 +79,8 @@ def exact_affine_coupling_gradients(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and h, from x: bit for bit those of `exact_affine_coupling_backward`."""
-    raw, _ = raw_and_shift(widened(h, x), interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
-    dx, draw = gradients(x, divisor(log_s), dy, dlog_det, slope)
+    s, _, slope = scaling_and_slope(h, x, scale, clamp, interleaved)
+    dx, draw = gradients(x, s, dy, dlog_det, slope)
     return dx, joined(draw, dy, h, interleaved)
 
 
@@ -102,10 +94,28 @@ def exact_affine_coupling_inverse_gradients(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of y and h, from x, as of `exact_affine_coupling_inverse_backward`."""
-    raw, _ = raw_and_shift(widened(h, x), interleaved)
-    log_s, slope = log_scale_and_slope(raw, scale, clamp)
-    dy, draw = inverse_gradients(x, divisor(log_s), dx, dlog_det, slope)
+    s, _, slope = scaling_and_slope(h, x, scale, clamp, interleaved)
+    dy, draw = inverse_gradients(x, s, dx, dlog_det, slope)
     return dy, joined(draw, -dy, h, interleaved)
+
+
+def scaling(
+    h: Tensor, stream: Tensor, scale: str, clamp: float, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S, the shift, and whether h is finite and its scales are in range."""
+    h = widened(h, stream)
+    raw, shift = raw_and_shift(h, interleaved)
+    log_s = log_scale(raw, scale, clamp)
+    return divisor(log_s), shift, scales_fit(log_s) & has_finite_sum(h)
+
+
+def scaling_and_slope(
+    h: Tensor, stream: Tensor, scale: str, clamp: float, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S, the shift, and the derivative of the log-scale with respect to raw."""
+    raw, shift = raw_and_shift(widened(h, stream), interleaved)
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    return divisor(log_s), shift, slope
 
 
 def gradients(

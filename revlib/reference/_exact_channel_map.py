@@ -27,19 +27,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from revlib.grid import SCALING_LIMIT
 from revlib.reference._actnorm import actnorm_log_det
 from revlib.reference._exact_additive_coupling import is_out_of_range
 from revlib.reference._exact_scaling import (
     R_BITS,
     STATE_LIMIT,
-    STREAM_LIMIT,
     R,
     centre,
     divide_,
     divisor,
     fits,
-    is_finite,
+    has_finite_sum,
     ratio_of,
+    scales_fit,
     to_whole,
 )
 
@@ -143,7 +144,8 @@ def channel_map_factors(
         shift=shift[:, None],
         # Asked this way round, so that NaN is outside: that of a sign is in upper.
         in_range=(torch.stack((lower, upper)).abs().sum(-1).amax() < LARGEST_ROW_SUM)
-        & is_finite(torch.stack((log_diagonal, shift))),
+        & scales_fit(log_diagonal)
+        & has_finite_sum(shift),
     )
 
 
@@ -203,7 +205,7 @@ def unscale(row: Tensor, s: Tensor, v: Tensor) -> None:
         torch.mul(v, 1 / R, out=row).floor_()
     else:
         # Below what the quotient is in range: a larger product could wrap around.
-        limit = STREAM_LIMIT[torch.float64] * R // s + 2
+        limit = SCALING_LIMIT[torch.float64] * R // s + 2
         v.addcmul_(row.clamp_(-limit, limit), s)
         torch.bitwise_right_shift(v, R_BITS, out=row)
 
@@ -259,7 +261,7 @@ def whole(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def any_is_out_of_range(x: Tensor, z: Tensor, y: Tensor, bits: int) -> Tensor:
-    limit = STREAM_LIMIT[x.dtype]
+    limit = SCALING_LIMIT[x.dtype]
     x_and_y = [is_out_of_range(stream, limit / 2**bits) for stream in (x, y)]
     return is_out_of_range(z, limit) | x_and_y[0] | x_and_y[1]
 

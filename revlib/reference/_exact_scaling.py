@@ -14,23 +14,36 @@ https://arxiv.org/abs/2111.00965); the state is the information buffer of Maclau
 https://arxiv.org/abs/1502.03492).
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from revlib.grid import SCALING_LIMIT
 
 R_BITS = 16
 R = 2**R_BITS
 LARGEST_S = 2**31
+# Of R / S, with S from 1 on: what a log-scale beyond these asks for, no S can give.
+LOG_SCALES = (math.log(R / LARGEST_S), math.log(R))
 # Whole numbers of at most 63 bits hold u * S + q, with q < S, and X * R + r + C.
 STATE_LIMIT = 2**61
 # X * R is below 2**62 in size; r, C and q add less than 2**33 to it.
 WRAP_LIMIT = 2**62 + 2**33
-STREAM_LIMIT = {torch.float32: 2**24, torch.float64: 2**46}
 
 
 def divisor(log_s: Tensor) -> Tensor:
-    """S, which is whole; 1 where log_s is NaN."""
+    """S, which is whole; of a log_s out of range the nearest, and of NaN 1."""
     s = log_s.neg().exp_().mul_(R).round_()
     return s.nan_to_num_(1.0).clamp_(1, LARGEST_S)
+
+
+def scales_fit(log_s: Tensor) -> Tensor:
+    """Whether all log-scales are in range, and none is NaN."""
+    if log_s.numel() == 0:
+        return log_s.new_ones((), dtype=torch.bool)
+    (low, high), (lowest, highest) = torch.aminmax(log_s), LOG_SCALES
+    return (low >= lowest) & (high <= highest)
 
 
 def ratio_of(s: Tensor) -> Tensor:
@@ -100,7 +113,7 @@ def centre(s: Tensor) -> Tensor:
 def in_range(stream: Tensor, bits: int) -> Tensor:
     # A square is one pass where an absolute value takes two, and as exact here: the limit is a
     # power of two.
-    return fits(stream * stream, (STREAM_LIMIT[stream.dtype] / 2**bits) ** 2)
+    return fits(stream * stream, (SCALING_LIMIT[stream.dtype] / 2**bits) ** 2)
 
 
 def fits(values: Tensor, limit: float) -> Tensor:
@@ -110,6 +123,6 @@ def fits(values: Tensor, limit: float) -> Tensor:
     return values.amax() < limit
 
 
-def is_finite(values: Tensor) -> Tensor:
-    # A sum is one pass; that of finite values is finite long beyond any stream's range.
+def has_finite_sum(values: Tensor) -> Tensor:
+    """Whether all values are finite, in one pass, unless they are beyond all ranges."""
     return values.sum().isfinite()

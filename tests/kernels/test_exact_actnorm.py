@@ -177,6 +177,8 @@ def test_values_out_of_range_raise_the_flag(dtype, direction, device):
     assert flag(limit / 2, 0.0, sign * limit / 2)
     assert not flag(0.0, -sign * 0.5, state=2**60)
     assert flag(0.0, -sign * 0.7, state=2**60)
+    assert not flag(0.0, 11.09, state=0) and not flag(0.0, -10.397, state=0)
+    assert flag(0.0, 11.091, state=0) and flag(0.0, -10.398, state=0)
 
 
 @pytest.mark.slow

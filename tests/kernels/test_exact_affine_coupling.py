@@ -239,6 +239,20 @@ def test_flag_says_exactly_when_the_stream_is_out_of_range(dtype, direction, dev
         assert flag(*(torch.nan if each == place else 0.0 for each in range(3)))
 
 
+@each_direction
+@both_dtypes
+def test_flag_says_exactly_when_a_log_scale_is_out_of_range(dtype, direction, device):
+    def flag(raw, **options):
+        x, h = torch.zeros(1, 1, dtype=dtype), torch.tensor([[raw, 0.0]], dtype=dtype)
+        inputs = (tensor.to(device) for tensor in (x, h, torch.zeros(1, 1, dtype=torch.int64)))
+        return OPS[direction][0](*inputs, bits=BITS[dtype], **options)[2].item()
+
+    assert not flag(11.09, scale="exp") and not flag(-10.397, scale="exp")
+    assert flag(11.091, scale="exp") and flag(-10.398, scale="exp")
+    assert not flag(100.0, scale="tanh", clamp=10.0) and flag(100.0, scale="tanh", clamp=20.0)
+    assert flag(torch.inf, scale="tanh", clamp=10.0)
+
+
 @pytest.mark.slow
 @each_direction
 @both_dtypes

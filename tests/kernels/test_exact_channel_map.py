@@ -109,6 +109,8 @@ def test_layers_are_undone_bit_for_bit(dtype, device):
         ("bias", 2.0**30),
         ("bias", torch.nan),
         ("log_diagonal", torch.nan),
+        ("log_diagonal", 11.5),
+        ("log_diagonal", -10.5),
         ("upper", 3000.0),
         ("lower", torch.inf),
         ("state", 2**61),

@@ -89,6 +89,12 @@ MISTAKES = {
         "s = round_half_even(exp(-log_s) * R)",
         "s = exp(-log_s) * R",
     ),
+    "range of a scale": (
+        "exact_affine_coupling",
+        "exact_affine_coupling",
+        "inside = scale_is_inside(log_s) & (",
+        "inside = (",
+    ),
     "centre of the rounding": (
         "exact_affine_coupling",
         "exact_scaling",
@@ -140,7 +146,7 @@ MISTAKES = {
     "infinite log-scales": (
         "exact_affine_coupling",
         "exact_affine_coupling",
-        'inside = inside & (tl.abs(raw) < float("inf"))',
+        ' & (tl.abs(raw) < float("inf"))',
         "",
     ),
     "products with what was rebuilt": (
