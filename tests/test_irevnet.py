@@ -286,12 +286,12 @@ def measure(kind: str, depth: int, *, inverse: bool = False, **options: object) 
 
 @both_kinds
 def test_saved_bytes_are_those_of_the_features_at_any_depth(kind):
-    # Padded, they are more than the image. The drift guard keeps a 16th of the image here, and its
-    # largest value.
+    # Padded, they are more than the image. The drift guard keeps a 16th of the image here, and the
+    # size of its largest value.
     features = 4 * 2 * math.prod(tiny(kind).feature_shape)
     guard = 4 * (2 * 3 * 8 * 8 // 16 + 1)
-    # The input of the second coupling, and behind it the guard looks once more.
-    beside = features + features // 16 + 4 if kind == "a" else 0
+    # The input of the second coupling, and behind it the guard looks once more, at two streams.
+    beside = features + features // 16 + 2 * 4 if kind == "a" else 0
 
     exact = {measure(kind, depth, exact=True)[0] for depth in (2, 5, 9)}
     assert exact == {features + guard}
