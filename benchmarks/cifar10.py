@@ -3,7 +3,7 @@
 Run:    python -m benchmarks.cifar10 --data cifar10.npz
 
 The file holds `x_train, y_train, x_test, y_test` as Keras writes them. The defaults take about
-three quarters of an hour on two cores: a subset and a few epochs. Each run is kept below
+an hour on two cores: a subset and a few epochs. Each run is kept below
 `--out`, so that the same command goes on where it was stopped. With a GPU there is time for all:
 
         python -m benchmarks.cifar10 --data cifar10.npz --train-images 50000 \\

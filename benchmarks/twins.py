@@ -72,9 +72,9 @@ def revnet(units: Sequence[int], images: Images, policy: Policy = "rebuild") -> 
     )
 
 
-def irevnet(units: Sequence[int], images: Images) -> IRevNet:
+def irevnet(units: Sequence[int], images: Images, policy: Policy = "rebuild") -> IRevNet:
     shape = tuple(images.x_train.shape[1:])
-    return irevnet34(units=units, image_shape=shape, num_classes=images.classes)
+    return irevnet34(units=units, image_shape=shape, num_classes=images.classes, policy=policy)
 
 
 RESNET = Contender("ResNet-32", "resnet32", resnet, {32: (5,) * 3, 110: (18,) * 3, 218: (36,) * 3})
@@ -85,8 +85,11 @@ STORED = replace(
 IREVNET = Contender(
     "i-RevNet-34", "irevnet34", irevnet, {34: (7, 4), 109: (23, 13), 217: (46, 26)}
 )
+STORED_IREVNET = replace(
+    IREVNET, label="i-RevNet-34 stored", make=partial(irevnet, policy="store"), trained=False
+)
 TWINS = (RESNET, STORED, REVNET)
-CONTENDERS = (*TWINS, IREVNET)
+CONTENDERS = (*TWINS, STORED_IREVNET, IREVNET)
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,30 @@ from rich import box
 from rich.table import Table
 
 import revlib
-from benchmarks.twins import IREVNET, RESNET, REVNET, STORED, Comparison, Contender
+from benchmarks.twins import (
+    IREVNET,
+    RESNET,
+    REVNET,
+    STORED,
+    STORED_IREVNET,
+    Comparison,
+    Contender,
+)
 from revlib.memory import MIB
 
 COLORS = {
     RESNET.label: "#7d838c",
     STORED.label: "#86b9dd",
     REVNET.label: "#0864ab",
+    STORED_IREVNET.label: "#e3ae85",
     IREVNET.label: "#c2570c",
 }
 INK = "#2b2f36"
 SHARED_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "augment", "mixed_precision")
-NOTE = f"""\
+NOTE = """\
 Multiply-adds are those of the forward pass. Peak activations are those of one training step,
 without the images, parameters, gradients and optimizer state; the deeper networks have more
-blocks of the same widths. {STORED.label} is the same network with its activations stored
+blocks of the same widths. A network called stored is the same one with its activations stored
 instead of rebuilt. Time is the median over rounds in which each network steps once, and a ratio
 is the median of the rounds' ratios."""
 
@@ -66,11 +75,13 @@ def describe_outcome(comparison: Comparison) -> str:
     if IREVNET not in comparison.contenders:
         return outcome
     peaks = [peak / MIB for peak in comparison.peak_bytes[IREVNET.label].values()]
+    over_resnet = comparison.time_ratio(IREVNET, RESNET)
+    over_stored = comparison.time_ratio(IREVNET, STORED_IREVNET)
     return (
         f"{outcome} The i-RevNet's activations peak at {peaks[0]:.1f} MiB with {IREVNET.layers} "
         f"layers and at {peaks[-1]:.1f} MiB with {max(IREVNET.units)}; a step of "
-        f"{IREVNET.label} takes {comparison.time_ratio(IREVNET, RESNET):.2f} times as long as one "
-        f"of {RESNET.label}."
+        f"{IREVNET.label} takes {over_resnet:.2f} times as long as one of {RESNET.label}, and "
+        f"{over_stored:.2f} times as long as its own would with its activations stored."
     )
 
 
@@ -113,10 +124,15 @@ def rows(comparison: Comparison) -> Iterator[list[str]]:
     yield row(
         "  over RevNet-38 stored", lambda each: f"{comparison.time_ratio(each, STORED):.2f} x"
     )
+    if IREVNET in comparison.contenders:
+        yield row(
+            "  over i-RevNet-34 stored",
+            lambda each: f"{comparison.time_ratio(each, STORED_IREVNET):.2f} x",
+        )
 
 
 def result_table(comparison: Comparison) -> Table:
-    """Lays the figures out for a terminal of 80 columns or more."""
+    """Lays the figures out: the twins' for 80 columns, those of all contenders for 110."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for contender in comparison.contenders:
@@ -186,7 +202,7 @@ def _draw_memory(axes: Axes, comparison: Comparison) -> None:
             mebibytes,
             color=COLORS[contender.label],
             label=f"{contender.label}: {mebibytes[0]:,.1f} to {mebibytes[-1]:,.1f}",
-            linestyle="dashed" if contender is STORED else "solid",
+            linestyle="solid" if contender.trained else "dashed",
             linewidth=2,
             marker="o",
         )

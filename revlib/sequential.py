@@ -260,6 +260,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             other, reason = "store", "has no cheap inverse to rebuild by"
         elif self.exact and not block.can_be_exact:
             other, reason = "recompute", "cannot be rebuilt exactly"
+        elif block.magnifies_rounding and not self.exact:
+            other, reason = "recompute", "magnifies rounding errors"
         elif isinstance(block, ReversibleSequential) and block.exact:
             other, reason = "recompute", "rounds its input, which its inverse does not give back"
         else:

@@ -18,6 +18,7 @@ from revlib import (
     SwapCoupling,
     flows,
 )
+from revlib.models import IRevNet, RevNet
 
 
 class Rotation(InvertibleModule):
@@ -147,9 +148,29 @@ def multi_scale(dropout: float = 0.0) -> list[flows.FlowLayer]:
     ]
 
 
+def irevnet(**options: object) -> list[nn.Module]:
+    """The trunk of a small i-RevNet.
+
+    With biases of 0, padding would meet ReLUs exactly at 0, where rounding decides the gradient.
+    """
+    trunk = IRevNet((2, 1), (1, 2), image_shape=(3, 8, 8), **options).trunk
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+    return list(trunk)
+
+
+def revnet() -> list[nn.Module]:
+    """The trunk of a small RevNet with learned shortcuts: one transition between two couplings."""
+    return list(RevNet((1, 2), (4, 4, 8), large_images=True, dropout=0.2).trunk)
+
+
 @dataclass(frozen=True)
 class Case:
-    """A chain and the shape of its input, or the shapes of a pair."""
+    """A chain and the shape of its input, or the shapes of a pair.
+
+    Its tests are slow where it is `heavy`.
+    """
 
     kind = ReversibleSequential
 
@@ -157,6 +178,7 @@ class Case:
     shape: tuple
     policy: str | list[str] = "rebuild"
     context: tuple[int, ...] | None = None
+    heavy: bool = False
 
     @property
     def takes_pair(self) -> bool:
@@ -233,6 +255,12 @@ CASES = {
         lambda: [Squeeze(), PadChannels(2), swap(3), swap(3)], (3, 1, 4, 4)
     ),
     "padded-within": Case(lambda: [swap(1), PadChannels(2), swap(2), swap(2)], (3, 2, 4, 4)),
+    "irevnet-injective": Case(lambda: irevnet(padding=5), (3, 3, 8, 8)),
+    "irevnet-bijective": Case(lambda: irevnet(squeeze=2), (3, 3, 8, 8), heavy=True),
+    "irevnet34": Case(
+        lambda: irevnet(squeeze=2, padding=4, bottleneck=1, dropout=0.2), (3, 3, 8, 8), heavy=True
+    ),
+    "revnet": Case(revnet, (3, 4, 4, 4), ["rebuild", "recompute", "rebuild"]),
     "identity": Case(lambda: [AdditiveCoupling(nn.Identity(), nn.Identity())], (5, 6)),
     "stored": Case(lambda: [dropping() for _ in range(2)], (2, 6, 4, 4), "store"),
     "recomputed": Case(lambda: [dropping() for _ in range(3)], (2, 6, 4, 4), "recompute"),
@@ -279,12 +307,20 @@ CASES = {
 
 def over(*, without: Callable[[Case], bool] = lambda case: False) -> pytest.MarkDecorator:
     """Runs a test over all cases but those that `without` tells."""
-    cases = {name: case for name, case in CASES.items() if not without(case)}
-    return pytest.mark.parametrize("case", cases.values(), ids=cases)
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=[pytest.mark.slow] * case.heavy)
+            for name, case in CASES.items()
+            if not without(case)
+        ],
+    )
 
 
 every_case = over()
-every_invertible_case = over(without=lambda case: case is CASES["mixed-blocks"])
+every_invertible_case = over(
+    without=lambda case: any(case is CASES[name] for name in ("mixed-blocks", "revnet"))
+)
 # nn.Sequential passes one tensor.
 every_sequential_case = over(
     without=lambda case: case.context or case.takes_pair or isinstance(case, FlowCase)

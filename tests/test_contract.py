@@ -28,6 +28,7 @@ from chains import (
     every_single_stream_case,
     every_trainable_case,
     mlp,
+    over,
 )
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -276,7 +277,8 @@ def autocast_error(
     )
 
 
-@every_case
+# Of a RevNet's gradients bfloat16 itself moves a tenth; exact chains are held to the last bit.
+@over(without=lambda case: case is CASES["revnet"])
 def test_autocast_gradients_equal_those_of_the_stored_autocast_run(case, device):
     chain = case.make(device).float()
     stored = stored_twin(case.make(device)).float()

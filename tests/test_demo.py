@@ -60,12 +60,12 @@ def with_irevnet():
     return Comparison(None, 0, 0, (3, 32, 32), runs, counts, counts, peaks, seconds)
 
 
-def test_all_contenders_fit_in_80_columns(with_irevnet):
-    console = Console(file=io.StringIO(), width=80, highlight=False)
+def test_all_contenders_fit_in_110_columns(with_irevnet):
+    console = Console(file=io.StringIO(), width=110, highlight=False)
     console.print(result_table(with_irevnet))
     shown = console.file.getvalue()
 
-    assert "i-RevNet-34" in shown
+    assert "i-RevNet-34 stored" in shown
     assert "…" not in shown
 
 
@@ -74,6 +74,7 @@ def test_outcome_names_the_irevnet_where_it_takes_part(with_irevnet):
     without = replace(with_irevnet, step_seconds=twins_alone)
 
     assert "i-RevNet" in describe_outcome(with_irevnet)
+    assert describe_outcome(with_irevnet).count("its own would with its activations stored") == 2
     assert "i-RevNet" not in describe_outcome(without)
 
 

@@ -108,12 +108,12 @@ def test_gradients_equal_the_stored_runs(policy, bottleneck, large_images, devic
         torch.testing.assert_close(got, want)
 
 
-def test_everything_between_the_transitions_is_rebuilt():
+def test_couplings_are_rebuilt_and_transitions_recomputed():
     model = create_model("revnet38")
 
     assert [type(block) for block in model.trunk].count(Transition) == 2
     for block, policy in zip(model.trunk, model.trunk.policies(), strict=True):
-        assert policy == ("rebuild" if isinstance(block, AdditiveCoupling) else "store")
+        assert policy == ("rebuild" if isinstance(block, AdditiveCoupling) else "recompute")
 
 
 def test_images_of_imagenet_meet_the_blocks_at_a_quarter_of_their_size():
@@ -124,10 +124,12 @@ def test_images_of_imagenet_meet_the_blocks_at_a_quarter_of_their_size():
         assert model.trunk(torch.empty(1, 128, 56, 56)).shape == (1, 3328, 7, 7)
 
 
-def test_policy_of_the_couplings_is_an_option():
-    policies = create_model("revnet38", policy="recompute").trunk.policies()
+@pytest.mark.parametrize("policy", ["store", "recompute"])
+def test_policy_is_an_option_of_the_whole_network(policy):
+    model = create_model("revnet38", policy=policy)
 
-    assert sorted(set(policies)) == ["recompute", "store"]
+    assert set(model.trunk.policies()) == {policy}
+    assert model.head.policies() == [policy, "store"]
 
 
 def test_unknown_name_raises():
@@ -144,3 +146,10 @@ def test_odd_width_raises():
 def test_as_many_widths_as_stages_and_a_stem(model):
     with pytest.raises(ValueError, match=r"widths must have one entry more than units"):
         model((1, 1, 1), (8, 8, 16))
+
+
+@pytest.mark.parametrize("model", [ResNet, RevNet])
+@pytest.mark.parametrize(("units", "widths"), [((0, 2), (8, 8, 16)), ((1, 1), (8, 0, 16))])
+def test_stages_without_blocks_or_channels_raise(model, units, widths):
+    with pytest.raises(ValueError, match=r"(units|widths) must be whole numbers above 0.*; got"):
+        model(units, widths)

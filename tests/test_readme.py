@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_benchmarking import Rounds
+from torch import nn
 from torch.distributions import MultivariateNormal
 
 from revlib import ReversibleSequential
@@ -18,6 +20,28 @@ EXACTNESS = README.parent / "docs" / "exactness.md"
 
 def examples(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", examples(README))
+def test_every_example_of_the_readme_runs(example):
+    # What some of them say of the reader's own model.
+    names = {"x": torch.randn(4, 3), "y": torch.arange(4), "loss": nn.functional.cross_entropy}
+    names |= {"torch": torch, "model": nn.Linear(3, 5), "MyModel": lambda: nn.Conv2d(3, 1, 1)}
+
+    exec(compile(example, "README.md", "exec"), names)
+    if "test_step" in names:
+        names["test_step"](Rounds())
+
+
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(2, 8)))]
+)
+def test_the_example_of_images_from_their_features_holds_for_any_seed(seed):
+    (example,) = (code for code in examples(README) if "irevnet" in code)
+
+    torch.manual_seed(seed)
+    exec(compile(example, "README.md", "exec"), {})
 
 
 def test_the_first_example_prints_what_it_says_and_its_memory_is_flat(capsys):

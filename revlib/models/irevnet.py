@@ -4,20 +4,23 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import SwapCoupling
-from revlib.models.residual import head, initialize
+from revlib.models.checks import check_at_least, check_counts, check_image_shape, check_sample
+from revlib.models.residual import head
 from revlib.rearranging import PadChannels, Squeeze
 from revlib.sequential import ReversibleSequential
 
 # The names of the published code, as patterns, and ours.
+ENTRY = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 PUBLISHED = {
-    r"stack\.(\d+)\.bottleneck_block\.": r"trunk.\1.f.",
-    r"bn1\.": "head.0.",
-    r"linear\.": "head.4.",
+    rf"stack\.(\d+)\.bottleneck_block\.(\d+)\.{ENTRY}": r"trunk.\1.f.\2.\3",
+    rf"bn1\.{ENTRY}": r"head.0.0.\1",
+    r"linear\.(weight|bias)": r"head.1.\1",
 }
 
 
@@ -26,8 +29,16 @@ class IRevNet(nn.Module):
 
     The image is squeezed, padded with channels of zeros where the network is to be wider, and
     split in two streams; couplings do the rest, and where they stride both streams are squeezed.
-    So a training step keeps the features, and no activation that grows with depth; where the
-    image is padded and the trunk not exact, it also keeps the input of the second coupling.
+    So a training step keeps the features, which the head is recomputed from, and no activation
+    that grows with depth; where the image is padded and the trunk not exact, it also keeps the
+    input of the second coupling. (The published code keeps every activation.)
+
+    Under autocast to bfloat16 the rebuilt gradients of a padded network that is hardly trained are
+    noise, of which a :class:`revlib.DriftWarning` tells: build it with `exact=True` then.
+
+    Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
+    with are larger: until the running statistics of batch norm are those of the data, activations
+    in eval mode would grow from coupling to coupling, and rounding errors with them.
 
     Args:
         units: The number of couplings of each stage.
@@ -40,7 +51,7 @@ class IRevNet(nn.Module):
         kernels: The sizes of its three convolutions.
         num_classes: The number of classes.
         dropout: The probability of dropout inside the sub-networks.
-        policy: The policy of the trunk.
+        policy: The policy of the trunk; under "store" the head is stored, too.
         exact: As for :class:`revlib.ReversibleSequential`.
 
     Shape:
@@ -79,14 +90,24 @@ class IRevNet(nn.Module):
         exact: bool = False,
     ) -> None:
         super().__init__()
-        if padding < 0:
-            raise ValueError(f"padding must be at least 0; got {padding}")
+        check_counts("units", units, rule="whole numbers above 0, one per stage")
+        check_counts("strides", strides, rule="whole numbers above 0, one per stage")
+        check_counts("kernels", kernels, rule="the sizes of 3 convolutions", length=3)
+        check_at_least(1, squeeze=squeeze, bottleneck=bottleneck)
+        check_at_least(0, padding=padding)
         if len(units) != len(strides):
             raise ValueError(
                 f"strides must have one entry per stage; got {len(strides)} for {len(units)}"
             )
+        if any(kernel % 2 == 0 for kernel in kernels):
+            raise ValueError(f"kernels must be odd, to keep height and width; got {kernels}")
         coarser = squeeze * math.prod(strides)
-        self.image_shape = check_image_shape(image_shape, coarser)
+        self.image_shape = check_image_shape(image_shape)
+        if any(side % coarser for side in self.image_shape[1:]):
+            raise ValueError(
+                f"image_shape must have height and width divisible by {coarser}, for all that the "
+                f"network squeezes; got {self.image_shape}"
+            )
         channels, height, width = self.image_shape
         channels = channels * squeeze**2 + padding
         if channels % 2:
@@ -112,20 +133,19 @@ class IRevNet(nn.Module):
                 stride=stride,
                 dropout=dropout,
                 first=place == 0,
+                padded=padded if place == 0 else 0,
             )
-            if place == 0 and padded:
-                f = Unpadded(padded, *f)
             blocks[str(place)] = SwapCoupling(f, stride=stride)
             c_in = c_out
-        policies = dict.fromkeys(blocks, policy)
-        if padding > 0 and policy == "rebuild" and not exact:
+        if padding > 0 and len(by_coupling) > 1:
             # It meets channels that are the same for all images. They have no spread either, and
             # are no zeros: only an input that was kept is free of what batch norm would magnify.
-            policies["1"] = "recompute"
-        self.trunk = ReversibleSequential(blocks, policy=list(policies.values()), exact=exact)
+            blocks["1"].magnifies_rounding = True
+        self.trunk = ReversibleSequential(blocks, policy=policy, exact=exact)
         self.feature_shape = (2 * c_in, height // coarser, width // coarser)
-        self.head = head(2 * c_in, num_classes)
-        initialize(self)
+        # What it keeps of the features the trunk keeps anyway.
+        pooling = "store" if policy == "store" else "recompute"
+        self.head = ReversibleSequential(*head(2 * c_in, num_classes), policy=[pooling, "store"])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -153,17 +173,18 @@ def sub_network(
     stride: int,
     dropout: float,
     first: bool,
+    padded: int,
 ) -> nn.Sequential:
     """Builds a bottleneck: three convolutions, batch norm and ReLU before each.
 
-    The first one of a network has none before its first convolution, which sees the image.
+    The first one of a network has none before its first convolution, which sees the image, and
+    the last `padded` channels of that are zeros.
     Dropout stands where the published code has it, and is there even if nothing is dropped, so
     that the keys of the state dict do not depend on it.
     """
     (c_in, c, c_out), (k1, k2, k3) = channels, kernels
     layers = [] if first else [nn.BatchNorm2d(c_in), nn.ReLU(inplace=True)]
-    return nn.Sequential(
-        *layers,
+    layers += [
         nn.Conv2d(c_in, c, k1, stride=stride, padding=k1 // 2, bias=False),
         nn.BatchNorm2d(c),
         nn.ReLU(inplace=True),
@@ -172,45 +193,36 @@ def sub_network(
         nn.BatchNorm2d(c),
         nn.ReLU(inplace=True),
         nn.Conv2d(c, c_out, k3, padding=k3 // 2, bias=False),
-    )
+    ]
+    named = OrderedDict((str(place), layer) for place, layer in enumerate(layers))
+    if padded:
+        # By a name, so that the others keep theirs.
+        named["zeros"] = LastChannelsToZeros(padded)
+        named.move_to_end("zeros", last=False)
+    return nn.Sequential(named)
 
 
-class Unpadded(nn.Sequential):
-    """A sub-network that takes the last channels of its input for the zeros that they were.
+class LastChannelsToZeros(nn.Module):
+    """Takes the last channels of its input for the zeros that they were.
 
     Rebuilt, they are off by rounding, and batch norm, for which zeros have no spread, would
     magnify that a hundred times and more.
 
     Args:
-        padded: How many they are.
-        *layers: The sub-network.
+        channels: How many they are.
     """
 
-    def __init__(self, padded: int, *layers: nn.Module) -> None:
-        super().__init__(*layers)
-        self.padded = padded
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
-        x[:, -self.padded :] = 0
-        return super().forward(x)
+        x[:, -self.channels :] = 0
+        return x
 
-
-def check_image_shape(image_shape: Sequence[int], factor: int) -> tuple[int, int, int]:
-    shape = tuple(image_shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"image_shape must be (channels, height, width); got {image_shape!r}")
-    if shape[1] % factor or shape[2] % factor:
-        raise ValueError(
-            f"image_shape must have height and width divisible by {factor}, for all that the "
-            f"network squeezes; got {shape}"
-        )
-    return shape
-
-
-def check_sample(name: str, x: Tensor, shape: tuple[int, int, int]) -> None:
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(f"{name} must be [batch, {', '.join(map(str, shape))}]; got {[*x.shape]}")
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
 
 
 def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,20 +232,27 @@ def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         published: The state dict of an `iRevNet` of
             https://github.com/jhjacobsen/pytorch-i-revnet, plain or of a `DataParallel`. The
             weights stay as they are; only names change: `stack.N.bottleneck_block` becomes
-            `trunk.N.f`, `bn1` becomes `head.0` and `linear` becomes `head.4`.
+            `trunk.N.f`, `bn1` becomes `head.0.0` and `linear` becomes `head.1`.
 
     Raises:
-        KeyError: If a name is none of these.
+        ValueError: If it is something else: a name is none of these, or a value no tensor.
 
     Example:
         >>> revlib.models.irevnet_state_dict({"module.linear.bias": torch.zeros(10)}).keys()
-        dict_keys(['head.4.bias'])
+        dict_keys(['head.1.bias'])
     """
-    return {renamed(name.removeprefix("module.")): value for name, value in published.items()}
+    return {
+        renamed(name.removeprefix("module."), value): value for name, value in published.items()
+    }
 
 
-def renamed(name: str) -> str:
+def renamed(name: str, value: Any) -> str:
     for pattern, ours in PUBLISHED.items():
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", ours, name)
-    raise KeyError(f"{name} is no name of the published i-RevNet: stack, bn1 or linear")
+        match = re.fullmatch(pattern, name)
+        if match and isinstance(value, Tensor):
+            return match.expand(ours)
+    raise ValueError(
+        "published must be a state dict of the published i-RevNet, tensors named stack, bn1 and "
+        f"linear (of a checkpoint it is the entry 'state_dict'); got {name!r} of type "
+        f"{type(value).__name__}"
+    )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from revlib.models.checks import check_counts
+
 
 def block_shapes(
     units: Sequence[int], widths: Sequence[int], bottleneck: bool
@@ -23,6 +25,10 @@ def block_shapes(
             "widths must have one entry more than units, for the stem; "
             f"got {len(widths)} widths for {len(units)} stages"
         )
+    check_counts("units", units, rule="whole numbers above 0, one per stage")
+    check_counts(
+        "widths", widths, rule="whole numbers above 0, one per stage and one for the stem"
+    )
     c_in = widths[0]
     for stage, (depth, width) in enumerate(zip(units, widths[1:], strict=True)):
         c_out = 4 * width if bottleneck else width
@@ -107,14 +113,11 @@ def stem(in_channels: int, channels: int, *, large_images: bool) -> nn.Module:
 
 
 def head(channels: int, num_classes: int) -> nn.Sequential:
-    """Builds what follows the last block: norm, ReLU, average pooling and the classifier."""
-    return nn.Sequential(
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(channels, num_classes),
+    """Builds what follows the last block: norm, ReLU and average pooling, then the classifier."""
+    pooling = nn.Sequential(
+        nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
+    return nn.Sequential(pooling, nn.Linear(channels, num_classes))
 
 
 @torch.no_grad()

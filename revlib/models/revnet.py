@@ -43,8 +43,9 @@ class Transition(nn.Module):
 class RevNet(nn.Module):
     """A reversible residual classifier, of any number of stages.
 
-    All couplings between two transitions are rebuilt in backward; the stem, the transitions
-    and the head are stored. So memory grows with the number of stages, not of blocks.
+    In backward all couplings are rebuilt; the transitions between the stages and the head are
+    recomputed from their inputs, and the stem is stored. So memory grows with the number of
+    stages, not of blocks.
 
     Args:
         units: The number of couplings of each stage.
@@ -56,7 +57,7 @@ class RevNet(nn.Module):
         dropout: The probability of dropout inside the residual functions.
         large_images: Whether it is built as for ImageNet: the stem takes height and width to a
             quarter, and a shortcut that changes its shape is a 1x1 convolution.
-        policy: The policy of the couplings.
+        policy: The policy of the couplings; under "store" transitions and head are stored, too.
         exact: As for :class:`revlib.ReversibleSequential`.
 
     Shape:
@@ -91,6 +92,7 @@ class RevNet(nn.Module):
             raise ValueError(f"widths must be even, to be split in halves; got {tuple(widths)}")
         self.stem = stem(in_channels, widths[0], large_images=large_images)
         self.trunk = ReversibleSequential(exact=exact)
+        without_inverse = "store" if policy == "store" else "recompute"
         halves = [width // 2 for width in widths]
         for c_in, c_out, stride in block_shapes(units, halves, bottleneck):
             f = residual_function(
@@ -99,10 +101,11 @@ class RevNet(nn.Module):
             g = residual_function(c_out, c_out, bottleneck=bottleneck, dropout=dropout)
             if stride > 1 or c_in != c_out:
                 s1, s2 = (shortcut(c_in, c_out, stride, learned=large_images) for _ in "12")
-                self.trunk.append(Transition(f, g, s1, s2), "store")
+                self.trunk.append(Transition(f, g, s1, s2), without_inverse)
             else:
                 self.trunk.append(AdditiveCoupling(f, g), policy)
-        self.head = head(2 * c_out, num_classes)
+        policies = [without_inverse, "store"]
+        self.head = ReversibleSequential(*head(2 * c_out, num_classes), policy=policies)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
