@@ -318,21 +318,33 @@ def over(*, without: Callable[[Case], bool] = lambda case: False) -> pytest.Mark
 
 
 every_case = over()
-every_invertible_case = over(
-    without=lambda case: any(case is CASES[name] for name in ("mixed-blocks", "revnet"))
-)
+
+
+def has_inverse(case: Case) -> bool:
+    return not any(case is CASES[name] for name in ("mixed-blocks", "revnet"))
+
+
+every_invertible_case = over(without=lambda case: not has_inverse(case))
 # nn.Sequential passes one tensor.
 every_sequential_case = over(
     without=lambda case: case.context or case.takes_pair or isinstance(case, FlowCase)
 )
 every_single_stream_case = over(without=lambda case: case.context or case.takes_pair)
 every_flow_case = over(without=lambda case: not isinstance(case, FlowCase))
-# torch's checkpoint does not itself replay buffers.
-every_checkpointable_case = over(
-    without=lambda case: any(
+
+
+def changes_buffers(case: Case) -> bool:
+    """Tells whether evaluating the chain makes it another function."""
+    return any(
         isinstance(module, Drift) or "parametrizations" in name
         for name, module in case.make().named_modules()
     )
+
+
+# torch's checkpoint does not itself replay buffers.
+every_checkpointable_case = over(without=changes_buffers)
+every_steady_invertible_case = over(
+    without=lambda case: changes_buffers(case) or not has_inverse(case)
 )
 every_picklable_case = over(
     without=lambda case: any("parametrizations" in name for name in case.make().state_dict())
