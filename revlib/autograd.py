@@ -23,7 +23,7 @@ from revlib.exact import Exact, LayoutFunction, recording, replaying
 from revlib.finite import check_finite, in_anomaly_mode
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
-from revlib.replay import Autocast, autocast_is_on, parts_of
+from revlib.replay import Autocast, autocast_is_on, is_altered, parts_of
 from revlib.streams import (
     Form,
     Stream,
@@ -532,16 +532,3 @@ def _cut(tensors: Sequence[Any], form: Form) -> tuple[tuple[Any, ...], tuple[Any
     """Cuts tensors into the stream, which has the given form, and what comes after it."""
     n = 1 if form == "whole" else 2
     return tuple(tensors[:n]), tuple(tensors[n:])
-
-
-def is_altered(block: nn.Module) -> bool:
-    """Tells whether calling this very block does more than its class says."""
-    return bool(
-        block._forward_hooks
-        or block._forward_pre_hooks
-        or block._backward_hooks
-        or block._backward_pre_hooks
-        or block._compiled_call_impl
-        or "forward" in block.__dict__
-        or "inverse" in block.__dict__
-    )

@@ -19,6 +19,7 @@ from revlib.replay import (
     Evaluation,
     Slot,
     differ,
+    may_draw,
     modes_set,
     parts_of,
     rng_set,
@@ -161,7 +162,7 @@ class Record(Evaluate):
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         parts = parts_of(owner_of(module))
         device = _device(parts, args)
-        rng = rng_states(device)
+        rng = rng_states(device) if may_draw(parts) else None
         parameters, buffers, scratch = [], [], []
         for part in parts:
             if isinstance(part, torch.jit.ScriptModule):
@@ -186,7 +187,7 @@ class Record(Evaluate):
                 constants.append(slot)
             else:
                 priors.append(slot._replace(tensor=copies.get(slot.tensor)))
-        drew = any(map(differ, rng, rng_states(device)))
+        drew = rng is not None and any(map(differ, rng, rng_states(device)))
         self.evaluations.append(
             Evaluation(
                 module,

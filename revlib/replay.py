@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 # In training these update their running statistics but normalise by the batch's own: a
 # second evaluation needs scratch buffers to write to, and no earlier values to read.
@@ -25,6 +26,45 @@ _WRITE_STATISTICS_ONLY = {_BatchNorm.forward, _InstanceNorm.forward, SyncBatchNo
 def writes_statistics_only(part: nn.Module) -> bool:
     """Tells whether calling `part` now would write its buffers without reading them."""
     return part.training and type(part).forward in _WRITE_STATISTICS_ONLY
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Tells whether calling this very module does more than its class says."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or "forward" in module.__dict__
+        or "inverse" in module.__dict__
+    )
+
+
+# Modules that draw no random numbers, and are made of nothing that could. Subclasses may.
+_DRAW_NOTHING = {
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softmax, nn.Hardtanh, nn.Hardswish),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+}
+
+
+def draws_nothing(cls: type[nn.Module]) -> type[nn.Module]:
+    """Says of a class, and not of those derived from it, that it draws no random numbers."""
+    _DRAW_NOTHING.add(cls)
+    return cls
+
+
+def may_draw(parts: list[nn.Module]) -> bool:
+    """Tells whether an evaluation of these might draw random numbers.
+
+    Asking the generator instead takes as long as a small operation.
+    """
+    return _has_any_global_hook() or any(
+        type(part) not in _DRAW_NOTHING or is_altered(part) for part in parts
+    )
 
 
 class Slot(NamedTuple):

@@ -9,11 +9,12 @@ from typing import Self, get_args
 import torch
 from torch import Tensor, nn
 
-from revlib.autograd import Leg, Outcome, Policy, is_altered, make_leg, run_chain
+from revlib.autograd import Leg, Outcome, Policy, make_leg, run_chain
 from revlib.diagnosis import find_drift, find_nonfinite
 from revlib.evaluate import kind_of
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
+from revlib.replay import is_altered
 from revlib.streams import Stream
 
 

@@ -218,6 +218,69 @@ def test_two_forwards_before_one_backward_replay_each_ones_own_draws(name, devic
     assert_same(*results)
 
 
+class DropConnect(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, nn.functional.dropout(self.weight, 0.5), self.bias)
+
+
+def add_noise(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+    return y + torch.randn_like(y)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+
+def with_a_subclass() -> nn.Module:
+    return nn.Sequential(DropConnect(4, 4), nn.Tanh())
+
+
+def with_a_hook() -> nn.Module:
+    net = plain()
+    net[0].register_forward_hook(add_noise)
+    return net
+
+
+def with_a_forward_of_its_own() -> nn.Module:
+    net = plain()
+    net[1].forward = lambda x: x.tanh() * torch.rand_like(x)
+    return net
+
+
+@pytest.mark.parametrize("make", [with_a_subclass, with_a_hook, with_a_forward_of_its_own])
+def test_plain_modules_that_were_made_to_draw_draw_the_same_numbers_again(make, device):
+    torch.manual_seed(0)
+    blocks = [AdditiveCoupling(make(), make()) for _ in range(3)]
+    chain = ReversibleSequential(*blocks).double().to(device)
+    x = torch.randn(5, 8, dtype=torch.double, device=device, requires_grad=True)
+
+    got = step(chain, (x,))
+    chain.zero_grad()
+    x.grad = None
+    chain.policy = "store"
+
+    assert_same(got, step(chain, (x,)))
+
+
+def test_a_hook_on_all_modules_draws_the_same_numbers_again(device):
+    torch.manual_seed(0)
+    chain = ReversibleSequential(AdditiveCoupling(plain(), plain())).double().to(device)
+    x = torch.randn(5, 8, dtype=torch.double, device=device, requires_grad=True)
+
+    def noise(module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+        return add_noise(module, args, y) if isinstance(module, nn.Linear) else None
+
+    results = []
+    with nn.modules.module.register_module_forward_hook(noise):
+        for policy in ("rebuild", "store"):
+            chain.policy = policy
+            results.append({k: v.clone() for k, v in step(chain, (x,)).items()})
+            chain.zero_grad()
+            x.grad = None
+
+    assert_same(*results)
+
+
 @every_case
 def test_the_global_rng_state_after_a_step_is_what_a_plain_run_leaves(case, device):
     chain, stored = case.make(device), stored_twin(case.make(device))

@@ -12,7 +12,7 @@ from revlib.evaluate import Evaluate, Replay
 from revlib.finite import NonFiniteError, is_finite
 from revlib.flows.checks import check_channel_count, check_channels
 from revlib.flows.layer import FlowLayer
-from revlib.replay import in_backward
+from revlib.replay import draws_nothing, in_backward
 from revlib.streams import Streams
 
 # Of the typical standard deviation of a channel: below it a channel counts as constant.
@@ -21,6 +21,7 @@ STEADY = 1e-3
 NOTHING = 2e-6
 
 
+@draws_nothing
 class ActNorm(FlowLayer):
     r"""Scales and shifts each channel; the first batch decides by how much to begin with.
 

@@ -16,7 +16,7 @@ from revlib.flows.lu import LUFactors
 from revlib.functional._checks import check_flags
 from revlib.functional._exact_scaling import check_differentiated_once
 from revlib.reference._actnorm import space, sum_per_channel
-from revlib.replay import autocast_off
+from revlib.replay import autocast_off, draws_nothing
 from revlib.streams import Streams, memory_format
 
 EXACT_OP = "exact_channel_map"
@@ -133,6 +133,7 @@ class ChannelMap(FlowLayer):
         return run(x)
 
 
+@draws_nothing
 class InvertibleConv1x1(ChannelMap):
     r"""Mixes the channels of every pixel by a learned invertible matrix.
 
@@ -206,6 +207,7 @@ class InvertibleConv1x1(ChannelMap):
         return f"{super().extra_repr()}, lu={self.lu}"
 
 
+@draws_nothing
 class ActNormConv1x1(ChannelMap):
     """`ActNorm` and then `InvertibleConv1x1`, folded into one map: one pass instead of two.
 

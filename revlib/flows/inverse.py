@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows.layer import FlowLayer
+from revlib.replay import is_altered
 from revlib.streams import Form, Streams
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate, Replay
 from revlib.flows import couplings
 from revlib.flows.adapters.layers import Part, Run, initialize, per_sample, stand_in
 from revlib.flows.checks import check_samples
 from revlib.flows.layer import FlowLayer, zeros
+from revlib.replay import is_altered
 from revlib.streams import Streams
 
 LIBRARIES = ("nflows", "normflows", "FrEIA")

@@ -8,7 +8,6 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from revlib.autograd import is_altered
 from revlib.flows import couplings
 from revlib.flows.adapters.couplings import (
     Coupling,
@@ -31,6 +30,7 @@ from revlib.flows.adapters.layers import (
 from revlib.flows.couplings import AdditiveCoupling, AffineCoupling
 from revlib.flows.layer import FlowLayer, zeros
 from revlib.flows.sequential import FlowSequential
+from revlib.replay import is_altered
 from revlib.streams import Streams
 
 # Couplings of both sides in turn, with the sub-networks of the first step and of the second.

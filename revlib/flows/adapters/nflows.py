@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revlib.autograd import is_altered
 from revlib.evaluate import Evaluate
 from revlib.flows.adapters.couplings import (
     FusedCoupling,
@@ -22,7 +21,7 @@ from revlib.flows.checks import check_channels
 from revlib.flows.couplings import AdditiveCoupling, AffineCoupling, SplineCoupling
 from revlib.flows.layer import FlowLayer
 from revlib.flows.sequential import FlowSequential
-from revlib.replay import in_backward, modes_set
+from revlib.replay import in_backward, is_altered, modes_set
 from revlib.streams import Streams
 
 # What one coupling is called in nflows, and its copy in normflows.

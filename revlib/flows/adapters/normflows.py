@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from revlib.autograd import is_altered
 from revlib.flows.adapters.couplings import FusedCoupling, channels, is_plain, make_formula
 from revlib.flows.adapters.layers import Called, on_copy
 from revlib.flows.adapters.nflows import make_coupling
@@ -17,6 +16,7 @@ from revlib.flows.couplings import AdditiveCoupling, AffineCoupling
 from revlib.flows.layer import FlowLayer
 from revlib.flows.sequential import FlowSequential
 from revlib.flows.split import Split
+from revlib.replay import is_altered
 
 # Flows that go back by iterating, or not to where they came from, or that saturate; and base
 # classes of such flows.
