@@ -22,6 +22,9 @@ from revlib import flows
 
 DEPTHS = [32, 128]
 
+# How far a chain drifts is what is measured.
+pytestmark = pytest.mark.filterwarnings("ignore::revlib.DriftWarning")
+
 
 @dataclass(frozen=True)
 class Plan:
