@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -41,19 +42,22 @@ def is_altered(module: nn.Module) -> bool:
     )
 
 
-# Modules that draw no random numbers, and are made of nothing that could. Subclasses may.
+# Classes whose modules draw no random numbers, with their forward methods. Subclasses may draw.
 _DRAW_NOTHING = {
-    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softmax, nn.Hardtanh, nn.Hardswish),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    cls: cls.forward
+    for cls in (
+        *(nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
+        *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softmax, nn.Hardtanh, nn.Hardswish),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    )
 }
 
 
 def draws_nothing(cls: type[nn.Module]) -> type[nn.Module]:
     """Says of a class, and not of those derived from it, that it draws no random numbers."""
-    _DRAW_NOTHING.add(cls)
+    _DRAW_NOTHING[cls] = cls.forward
     return cls
 
 
@@ -62,8 +66,16 @@ def may_draw(parts: list[nn.Module]) -> bool:
 
     Asking the generator instead takes as long as a small operation.
     """
-    return _has_any_global_hook() or any(
-        type(part) not in _DRAW_NOTHING or is_altered(part) for part in parts
+    return _has_any_global_hook() or not all(map(_is_as_its_class_says, parts))
+
+
+def _is_as_its_class_says(part: nn.Module) -> bool:
+    cls = type(part)
+    return (
+        _DRAW_NOTHING.get(cls) is cls.forward
+        and not is_altered(part)
+        and "_conv_forward" not in part.__dict__
+        and all(type(p) in (nn.Parameter, Tensor, NoneType) for p in part._parameters.values())
     )
 
 

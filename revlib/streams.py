@@ -16,6 +16,9 @@ Streams = tuple[Tensor, ...]  # as blocks work on it: one tensor or two
 # tensors that the caller brought, which nothing concatenates.
 Form = int | Literal["whole", "pair"]
 
+# Of the memory that PyTorch allocates, in bytes.
+ALIGNMENT = 64
+
 
 def enter(x: Stream) -> tuple[Streams, Form]:
     """Checks a stream that comes from the caller, and tells the form it came in."""
@@ -51,7 +54,8 @@ def convert(streams: Streams, old: Form, new: Form) -> Streams:
     """
     if old == new:
         return streams
-    x = streams[0] if old == "whole" else torch.cat(streams, old)
+    # Strides tell it the memory format of the result.
+    x = streams[0] if old == "whole" else torch.cat(tuple(map(_restrided, streams)), old)
     return (x,) if new == "whole" else split(x, new)
 
 
@@ -75,16 +79,27 @@ def settle(streams: Streams) -> Streams:
 
 
 def _settled(x: Tensor) -> Tensor:
-    format = memory_format(x)
-    x = in_format(x, format)
+    x = _restrided(in_format(x, memory_format(x)))
+    # Libraries also add in another order where memory does not begin at a boundary of vectors.
+    return x.clone() if x.storage_offset() * x.itemsize % ALIGNMENT else x
+
+
+def _restrided(x: Tensor) -> Tensor:
+    """Gives dimensions of size 1, where strides are arbitrary, those of the memory format.
+
+    Libraries choose kernels by them.
+    """
     if 1 not in x.shape:
         return x
-    # Strides of dimensions of size 1 are arbitrary, but libraries choose kernels by them.
-    strides, step = [0] * x.ndim, 1
-    dims = [*range(x.ndim)] if format == torch.contiguous_format else [0, *range(2, x.ndim), 1]
+    dims = [*range(x.ndim)]
+    if memory_format(x) != torch.contiguous_format:
+        dims = [0, *range(2, x.ndim), 1]
+    strides, step = [*x.stride()], 1
     for dim in reversed(dims):
-        strides[dim] = step
-        step *= x.shape[dim]
+        if x.shape[dim] == 1:
+            strides[dim] = step
+        else:
+            step = x.stride(dim) * x.shape[dim]
     return x if x.stride() == tuple(strides) else x.as_strided(x.shape, strides)
 
 

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from revlib import AdditiveCoupling, DriftWarning, ReversibleSequential
+from revlib import AdditiveCoupling, DriftWarning, ReversibleSequential, SwapCoupling
 
 Gradients = dict[str, Tensor | None]
 
@@ -227,6 +227,30 @@ def add_noise(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
     return y + torch.randn_like(y)
 
 
+def with_a_method_of_its_own() -> nn.Module:
+    net = nn.Sequential(nn.Conv1d(5, 5, 1))  # takes the batch for channels
+    convolve = net[0]._conv_forward
+    net[0]._conv_forward = lambda x, *args: convolve(x * torch.rand_like(x), *args)
+    return net
+
+
+class Noisy(nn.Parameter):
+    """A parameter that draws noise for what it is used in."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        value = super().__torch_function__(func, types, args, kwargs or {})
+        if func is not nn.functional.linear:
+            return value
+        return value.as_subclass(Tensor) * torch.rand_like(value.as_subclass(Tensor))
+
+
+def with_a_parameter_that_draws() -> nn.Module:
+    net = plain()
+    net[0].weight = Noisy(net[0].weight.detach())
+    return net
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
 
@@ -247,7 +271,16 @@ def with_a_forward_of_its_own() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("make", [with_a_subclass, with_a_hook, with_a_forward_of_its_own])
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_a_subclass,
+        with_a_hook,
+        with_a_forward_of_its_own,
+        with_a_method_of_its_own,
+        with_a_parameter_that_draws,
+    ],
+)
 def test_plain_modules_that_were_made_to_draw_draw_the_same_numbers_again(make, device):
     torch.manual_seed(0)
     blocks = [AdditiveCoupling(make(), make()) for _ in range(3)]
@@ -260,6 +293,37 @@ def test_plain_modules_that_were_made_to_draw_draw_the_same_numbers_again(make, 
     chain.policy = "store"
 
     assert_same(got, step(chain, (x,)))
+
+
+def test_a_class_whose_forward_was_replaced_draws_the_same_numbers_again(device, monkeypatch):
+    torch.manual_seed(0)
+    linear = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: linear(self, x * torch.rand_like(x)))
+    chain = ReversibleSequential(AdditiveCoupling(plain(), plain())).double().to(device)
+    x = torch.randn(5, 8, dtype=torch.double, device=device, requires_grad=True)
+
+    got = step(chain, (x,))
+    chain.zero_grad()
+    x.grad = None
+    chain.policy = "store"
+
+    assert_same(got, step(chain, (x,)))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_whole_block_after_swaps_sees_channels_last(batch, device):
+    seen = []
+    blocks = [SwapCoupling(nn.Conv2d(3, 3, 1)) for _ in range(2)]
+    last = AdditiveCoupling(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    last.register_forward_pre_hook(lambda block, args: seen.append(args[0].stride()))
+    chain = ReversibleSequential(*blocks, last).to(device)
+    x = torch.randn(batch, 6, 4, 4, device=device).to(memory_format=torch.channels_last)
+
+    for policy in ("store", "rebuild"):
+        chain.policy = policy
+        chain(x.requires_grad_())
+
+    assert seen == [(96, 1, 24, 6)] * 2
 
 
 def test_a_hook_on_all_modules_draws_the_same_numbers_again(device):

@@ -284,6 +284,31 @@ def test_a_batch_of_one_in_channels_last_is_rebuilt_bit_for_bit(make, amp, devic
     assert all(torch.equal(y, got[f"y{i}"]) for i, y in enumerate(without))
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(
+    ("shape", "split_dim"), [((1, 126), 1), ((1, 2046), 1), ((2, 50), 0), ((1, 2, 5, 5), 1)]
+)
+def test_halves_that_begin_anywhere_in_memory_change_nothing_of_it(
+    shape, split_dim, direction, device
+):
+    torch.manual_seed(0)
+
+    def net() -> nn.Module:
+        if len(shape) == 4:
+            return nn.Sequential(nn.Conv2d(1, 1, 1), nn.Tanh())
+        size = shape[1] // (2 if split_dim == 1 else 1)
+        return nn.Sequential(nn.Linear(size, size), nn.Tanh())
+
+    blocks = (AdditiveCoupling(net(), net(), split_dim=split_dim) for _ in range(4))
+    chain = ReversibleSequential(*blocks, exact=True).to(device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    got = step(chain, (x,), getattr(chain, direction))
+
+    assert_equal(got, step(twin, (twin_x,), getattr(twin, direction)))
+
+
 def test_a_chain_of_no_blocks_gives_what_it_is_given_on_the_grid(device):
     x = torch.tensor([[0.3 * STEP, 7.7 * STEP]], device=device)
 
