@@ -72,7 +72,8 @@ def may_draw(parts: list[nn.Module]) -> bool:
 def _is_as_its_class_says(part: nn.Module) -> bool:
     cls = type(part)
     return (
-        _DRAW_NOTHING.get(cls) is cls.forward
+        cls in _DRAW_NOTHING
+        and _DRAW_NOTHING[cls] is cls.forward
         and not is_altered(part)
         and "_conv_forward" not in part.__dict__
         and all(type(p) in (nn.Parameter, Tensor, NoneType) for p in part._parameters.values())
