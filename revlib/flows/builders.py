@@ -9,7 +9,7 @@ from revlib.autograd import Policy
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.base import StandardNormal
 from revlib.flows.channel_map import ActNormConv1x1
-from revlib.flows.checks import is_size
+from revlib.flows.checks import sizes_of
 from revlib.flows.conditioners import (
     MLP,
     ConvWithContext,
@@ -362,14 +362,14 @@ def halves(channels: int, flip: bool = False) -> tuple[int, int]:
 
 def checked_shape(name: str, shape: object) -> Shape:
     """Returns the shape of a sample, which may have been a list, as a tuple."""
-    is_shape = isinstance(shape, (tuple, list)) and all(map(is_size, shape))
-    if not is_shape or len(shape) not in (1, 3):
+    sizes = sizes_of(shape)
+    if len(sizes) not in (1, 3):
         raise ValueError(
             f"{name}: shape must be (channels, height, width) or (features,); got {shape!r}"
         )
-    if math.prod(shape) == 1:
-        raise ValueError(f"{name}: shape must leave something to couple; got {shape}")
-    return tuple(shape)
+    if math.prod(sizes) == 1:
+        raise ValueError(f"{name}: shape must leave something to couple; got {sizes}")
+    return sizes
 
 
 def check_counts(name: str, **counts: int) -> None:

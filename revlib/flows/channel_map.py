@@ -48,7 +48,7 @@ class ChannelMap(FlowLayer):
         """Whether `weights_and_pullback` may be called, for autograd takes three times as long."""
         return False
 
-    def weights_and_pullback(self) -> tuple[Streams, Pullback]:
+    def weights_and_pullback(self) -> tuple[tuple[Tensor, Tensor, None], Pullback]:
         """Returns the matrix, the bias and None, and what gives the parameters' gradients.
 
         That is a function of the gradients of all that `weights` returns.
@@ -80,37 +80,37 @@ class ChannelMap(FlowLayer):
     def backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
-        (y,), (dy, dlog_det) = outputs, gradients
-        (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        with autocast_off(y.device):
-            if evaluate.exact is not None:
-                x, _ = evaluate.exact.scale(
-                    EXACT_OP, y, *evaluate.factors(self), label=evaluate.label, inverse=True
-                )
-            else:
-                x = mapped(y, *inverted(matrix, bias))
-            dx, *dweights = gradients_at(x, dy, dlog_det, matrix)
-            pullback(dweights)
-        return (x,), (dx,)
+        return self._rebuild(outputs, gradients, evaluate, inverse=False)
 
     def inverse_backward_streams(
         self, outputs: Streams, gradients: Streams, evaluate: Replay
     ) -> tuple[Streams, Streams]:
-        (x,), (dx, dlog_det) = outputs, gradients
-        (matrix, bias, _), pullback = evaluate.vjp_weights(self)
-        with autocast_off(x.device):
-            if evaluate.exact is not None:
-                y, _ = evaluate.exact.scale(
-                    EXACT_OP, x, *evaluate.factors(self), label=evaluate.label, inverse=False
-                )
-            else:
-                y = mapped(x, matrix, bias)
-            dy, *dweights = inverse_gradients_at(x, dx, dlog_det, matrix)
-            pullback(dweights)
-        return (y,), (dy,)
+        return self._rebuild(outputs, gradients, evaluate, inverse=True)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+    def _rebuild(
+        self, outputs: Streams, gradients: Streams, evaluate: Replay, *, inverse: bool
+    ) -> tuple[Streams, Streams]:
+        """Goes back through the map, or through its inverse: to what it was given."""
+        (result,), (dresult, dlog_det) = outputs, gradients
+        (matrix, bias, _), pullback = evaluate.vjp_weights(self)
+        with autocast_off(result.device):
+            if evaluate.exact is not None:
+                factors = evaluate.factors(self)
+                given, _ = evaluate.exact.scale(
+                    EXACT_OP, result, *factors, label=evaluate.label, inverse=not inverse
+                )
+            elif inverse:
+                given = mapped(result, matrix, bias)
+            else:
+                given = mapped(result, *inverted(matrix, bias))
+            gradients_of = inverse_gradients_at if inverse else gradients_at
+            x = result if inverse else given
+            dgiven, *dweights = gradients_of(x, dresult, dlog_det, matrix)
+            pullback(dweights)
+        return (given,), (dgiven,)
 
     def _map_exactly(
         self,
@@ -185,18 +185,18 @@ class InvertibleConv1x1(ChannelMap):
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             return weight, None, torch.linalg.slogdet(wide).logabsdet
         lu = self.lu_factors()
-        right = lu.right()
-        with autocast_off(right.device):
-            return lu.product(right), None, wide_sum(lu.log_diagonal)
+        with autocast_off(lu.lower.device):
+            return lu.matrix(), None, wide_sum(lu.log_diagonal)
+
+    def matrix(self) -> Tensor:
+        return self.lu_factors().matrix() if self.lu else self.weight
 
     def lu_factors(self) -> LUFactors:
         return LUFactors(self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
 
     def factors(self) -> tuple[Tensor | None, ...]:
         if self.lu:
-            return (
-                self.lower, self.upper, self.log_diagonal, self.sign, self.permutation, None
-            )  # fmt: skip
+            return *self.lu_factors(), None
         # In float32 or wider: torch decomposes nothing narrower.
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         permutation, lower, upper = torch.linalg.lu(weight)
@@ -250,7 +250,7 @@ class ActNormConv1x1(ChannelMap):
             "log_scale", "bias", "lower", "upper", "log_diagonal"
         )  # fmt: skip
 
-    def weights_and_pullback(self) -> tuple[Streams, Pullback]:
+    def weights_and_pullback(self) -> tuple[tuple[Tensor, Tensor, None], Pullback]:
         log_scale, bias = self.actnorm.weights()
         lu = self.conv.lu_factors()
         right, scale = lu.right(), log_scale.exp()
@@ -273,11 +273,12 @@ class ActNormConv1x1(ChannelMap):
         return (matrix, moved, None), pullback
 
     def factors(self) -> tuple[Tensor | None, ...]:
-        log_scale, _ = self.actnorm.weights()
-        _, bias, _ = self.weights()
+        log_scale, bias = self.actnorm.weights()
+        with autocast_off(bias.device):
+            moved = self.conv.matrix() @ bias
         lower, upper, log_diagonal, sign, permutation, _ = self.conv.factors()
         return (
-            lower, upper * log_scale.exp(), log_diagonal + log_scale, sign, permutation, bias
+            lower, upper * log_scale.exp(), log_diagonal + log_scale, sign, permutation, moved
         )  # fmt: skip
 
     def forward_streams(self, streams: Streams, evaluate: Evaluate) -> Streams:

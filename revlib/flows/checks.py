@@ -1,5 +1,6 @@
 """What layers and flows check at the door."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,16 +11,23 @@ from revlib.functional._checks import check_integer
 
 def checked_shape(name: str, shape: object) -> tuple[int, ...]:
     """Returns the shape of a sample as a tuple."""
-    is_shape = isinstance(shape, Sequence) and not isinstance(shape, str)
-    if not is_shape or not shape or not all(map(is_size, shape)):
+    sizes = sizes_of(shape)
+    if not sizes:
         raise ValueError(
             f"{name}: shape must be that of a sample, such as (3, 32, 32); got {shape!r}"
         )
-    return tuple(shape)
+    return sizes
 
 
-def is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def sizes_of(shape: object) -> tuple[int, ...]:
+    """Returns a sequence of whole numbers above 0, NumPy's too, as a tuple; () of all else."""
+    if not isinstance(shape, Sequence) or bool in map(type, shape):
+        return ()
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:
+        return ()
+    return sizes if min(sizes, default=0) > 0 else ()
 
 
 def check_samples(name: str, x: Tensor) -> None:
@@ -53,6 +61,8 @@ def check_context(context: object, n: int | None = None) -> None:
     if not isinstance(context, Tensor):
         raise TypeError(f"context must be a tensor or None; got {type(context).__name__}")
     rows = len(context) if context.ndim else "a scalar"
+    if n is None and not context.ndim:
+        raise ValueError("context must be [batch, ...]; got a scalar")
     if n is not None and rows not in (1, n):
         raise ValueError(
             f"context must have one row for each of {n} samples, or one for all; got {rows}"

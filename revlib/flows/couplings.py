@@ -196,7 +196,8 @@ class AffineCoupling(Coupling):
         flip: As in :class:`revlib.flows.AdditiveCoupling`.
         scale: How the log-scale is bounded: "tanh", "exp" (not at all), "sigmoid" or "atan", see
             :func:`revlib.functional.affine_coupling`.
-        clamp: The bound of the log-scale.
+        clamp: The bound of the log-scale, for "tanh" and (nearly) "atan"; "exp" and "sigmoid" do
+            not heed it.
         interleaved: Whether raw log-scales are channels 0, 2, ... of what the conditioner
             returns; otherwise they are the first half of the channels.
 

@@ -69,6 +69,11 @@ class FlowDistribution(Distribution):
         refuse("enumerate_support")
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        if not broadcasts_to(batch_shape, self.batch_shape):
+            raise ValueError(
+                f"batch_shape must be one that {list(self.batch_shape)} broadcasts to; "
+                f"got {list(batch_shape)}"
+            )
         new = self._get_checked_instance(FlowDistribution, _instance)
         new.flow = self.flow
         new.context = self._expanded_context(batch_shape)
@@ -88,6 +93,8 @@ class FlowDistribution(Distribution):
         return self._draw(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"value must be a tensor; got {type(value).__name__}")
         n_event = len(self.event_shape)
         if value.shape[value.ndim - n_event :] != self.event_shape:
             raise ValueError(
@@ -118,6 +125,13 @@ class FlowDistribution(Distribution):
         if self.context is None:
             return None
         return self.context.expand(*shape, *self.context.shape[len(self.batch_shape) :])
+
+
+def broadcasts_to(wanted: Sequence[int], shape: Sequence[int]) -> bool:
+    try:
+        return torch.broadcast_shapes(wanted, shape) == tuple(wanted)
+    except RuntimeError:
+        return False
 
 
 def refuse(what: str) -> NoReturn:

@@ -92,7 +92,7 @@ class Flow(nn.Module):
         x = self._checked(x)
         check_context(context, len(x))
         context = self._context(len(x), context)
-        z, log_det = self.transform(x, context)
+        z, log_det = self._run(x, context)
         log_prob = self._base_log_prob(z, log_det) + log_det
         if is_known_nonfinite(log_prob):
             where = self.transform.find_nonfinite(x, context)
@@ -163,6 +163,10 @@ class Flow(nn.Module):
         check_context(context)
         return FlowDistribution(self, self.shape, context)
 
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}")
@@ -171,13 +175,32 @@ class Flow(nn.Module):
             raise ValueError(f"x must be [batch, {sizes}]; got {list(x.shape)}")
         if x.is_complex():
             raise TypeError(f"x must be floating point or whole numbers; got {x.dtype}")
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        dtype = self._dtype
         if not x.is_floating_point():
             return x.to(dtype or torch.get_default_dtype())
         # Autocast, and conditioners that cast, take other dtypes up to float32, and never float64.
         if dtype not in (None, x.dtype) and torch.double in (dtype, x.dtype):
             raise TypeError(f"x must be {dtype}, as the flow's parameters are; got {x.dtype}")
         return x
+
+    def _run(
+        self, x: Latent, context: Tensor | None, *, inverse: bool = False
+    ) -> tuple[Latent, Tensor]:
+        """Runs the transform; an error of it notes which input has another dtype than the flow."""
+        try:
+            return self.transform.inverse(x, context) if inverse else self.transform(x, context)
+        except RuntimeError as error:
+            if not torch.compiler.is_compiling():  # Dynamo, while it traces, knows no notes
+                self._note_dtypes(error, context=context, **({} if inverse else {"x": x}))
+            raise
+
+    def _note_dtypes(self, error: RuntimeError, **inputs: Tensor | None) -> None:
+        for name, given in inputs.items():
+            if given is not None and given.is_floating_point() and given.dtype != self._dtype:
+                error.add_note(
+                    f"{name} must be {self._dtype}, as the flow's parameters are, where neither "
+                    f"autocast nor a conditioner casts it; got {given.dtype}"
+                )
 
     def _base_log_prob(self, z: Latent, log_det: Tensor) -> Tensor:
         log_prob = self.base.log_prob(z)
@@ -207,12 +230,12 @@ class Flow(nn.Module):
         with torch.no_grad(), torch.random.fork_rng(), modes_set(parts, [False] * len(parts)):
             x = self._checked(torch.zeros(1, *self.shape, dtype=torch.long))
             x = x.to(self.base.like.device)
-            z, _ = self.transform(x, None if context is None else context[:1])
+            z, _ = self._run(x, None if context is None else context[:1])
             self.base.log_prob(z)
 
     def _run_inverse(self, z: Latent, n: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
         context = self._context(n, context)
-        x, log_det = self.transform.inverse(z, context)
+        x, log_det = self._run(z, context, inverse=True)
         if is_known_nonfinite(x):
             where = self.transform.find_nonfinite(z, context, inverse=True)
             raise NonFiniteError(f"samples must stay finite; {where}")

@@ -27,6 +27,10 @@ class LUFactors(NamedTuple):
         """Returns the right factor, diagonal included."""
         return self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
 
+    def matrix(self) -> Tensor:
+        """Returns W."""
+        return self.product(self.right())
+
     def product(self, right: Tensor) -> Tensor:
         """Returns W, given its right factor."""
         return self.permutation @ torch.addmm(right, self.lower.tril(-1), right)

@@ -23,9 +23,9 @@ class Split(FlowLayer):
 
     Args:
         conditioner: Gives raw :math:`\log \sigma` and then :math:`\mu`; without it the half
-            leaves as it is.
+            leaves as it is, and there is nothing for `scale` and `clamp` to bound.
         scale: How :math:`\log \sigma` is bounded, see :func:`revlib.functional.affine_coupling`.
-        clamp: The bound.
+        clamp: The bound, for "tanh" and (nearly) "atan"; "exp" and "sigmoid" do not heed it.
 
     Shape:
         The stream [batch, channels, ...] goes on with the first half of its channels, the larger

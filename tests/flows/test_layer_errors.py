@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -864,6 +865,26 @@ INPUTS = {
     "no-samples": Bad(
         lambda: vector_flow().nll(x(0, 2)), ValueError, "nll needs at least one sample"
     ),
+    "context-scalar-of-a-distribution": Bad(
+        lambda: vector_flow(3).distribution(torch.tensor(1.0)),
+        ValueError,
+        "context must be [batch, ...]; got a scalar",
+    ),
+    "value-list": Bad(
+        lambda: vector_flow().distribution().log_prob([1.0, 2.0]),
+        TypeError,
+        "value must be a tensor; got list",
+    ),
+    "batch_shape-of-other-rows": Bad(
+        lambda: vector_flow(3).distribution(x(5, 3)).expand((4,)),
+        ValueError,
+        "batch_shape must be one that [5] broadcasts to; got [4]",
+    ),
+    "batch_shape-of-fewer-dimensions": Bad(
+        lambda: vector_flow().distribution().expand((2, 4)).expand((4,)),
+        ValueError,
+        "batch_shape must be one that [2, 4] broadcasts to; got [4]",
+    ),
     "value-of-a-distribution-by-rows": Bad(
         lambda: vector_flow(3).distribution(x(4, 3)).log_prob(x(3, 2)),
         ValueError,
@@ -1035,6 +1056,68 @@ def test_an_error_of_a_sub_network_carries_one_note_that_names_the_layer(bad: Ba
         bad.call()
 
     assert caught.value.__notes__ == [bad.text]
+
+
+IN_DTYPE = "must be torch.float32, as the flow's parameters are, where neither autocast nor a "
+ODD_DTYPES = {
+    "x": Bad(
+        lambda: vector_flow().log_prob(x(5, 2).half()),
+        RuntimeError,
+        f"x {IN_DTYPE}conditioner casts it; got torch.float16",
+    ),
+    "context": Bad(
+        lambda: vector_flow(3).log_prob(x(5, 2), x(5, 3).double()),
+        RuntimeError,
+        f"context {IN_DTYPE}conditioner casts it; got torch.float64",
+    ),
+    "context-of-samples": Bad(
+        lambda: vector_flow(3).sample(5, x(5, 3).double()),
+        RuntimeError,
+        f"context {IN_DTYPE}conditioner casts it; got torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", ODD_DTYPES.values(), ids=ODD_DTYPES)
+def test_an_error_in_a_flow_notes_which_input_has_another_dtype(bad: Bad):
+    with pytest.raises(bad.error) as caught:
+        bad.call()
+
+    _, note = caught.value.__notes__
+    assert note == bad.text
+
+
+class Casts(nn.Module):
+    """A conditioner that takes any dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(2, 2)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.net(torch.cat((x, context), 1).float())
+
+
+def test_a_flow_whose_conditioners_cast_takes_any_dtype():
+    flow = flows.Flow(flows.AffineCoupling(Casts()))
+
+    log_prob = flow.log_prob(x(5, 2).half(), x(5, 1).double())
+
+    assert log_prob.isfinite().all()
+
+
+SHAPED = {
+    "flow": lambda shape: flows.Flow(flows.ActNorm(3), shape=shape).shape,
+    "builder": lambda shape: flows.glow(shape, levels=1, steps=1, hidden=4).shape,
+    "base": lambda shape: flows.StandardNormal(shape).shapes[0],
+}
+
+
+@pytest.mark.parametrize("shape_of", SHAPED.values(), ids=SHAPED)
+def test_a_shape_may_be_numbers_of_numpy(shape_of: Callable[[Any], tuple[int, ...]]):
+    shape = shape_of([*numpy.array([3, 4, 4])])
+
+    assert shape == (3, 4, 4) and {*map(type, shape)} == {int}
 
 
 def test_an_error_that_is_raised_again_keeps_its_note():
