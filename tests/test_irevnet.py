@@ -121,6 +121,15 @@ def test_the_block_that_would_magnify_rounding_stays_recomputed():
     assert set(trunk.policies()) == {"rebuild"}
 
 
+@pytest.mark.parametrize(("padding", "kept"), [(11, False), (12, False), (14, True)])
+def test_only_padding_that_reaches_the_first_stream_magnifies_rounding(padding, kept):
+    channels = 24 - padding  # of streams of 12
+
+    trunk = IRevNet((2,), (1,), image_shape=(channels, 8, 8), padding=padding).trunk
+
+    assert ("recompute" in trunk.policies()) == kept
+
+
 def test_the_policy_of_the_network_may_be_set_anew():
     model = tiny("a")
 

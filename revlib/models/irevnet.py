@@ -34,8 +34,9 @@ class IRevNet(nn.Module):
     The image is squeezed, padded with channels of zeros where the network is to be wider, and
     split in two streams; couplings do the rest, and where they stride both streams are squeezed.
     So a training step keeps the features, which the head is recomputed from, and no activation
-    that grows with depth; where the image is padded and the trunk not exact, it also keeps the
-    input of the second coupling. (The published code keeps every activation.)
+    that grows with depth; where the image is padded with more channels than it has and the trunk
+    is not exact, it also keeps the input of the second coupling. (The published code keeps
+    every activation.)
 
     Under autocast to bfloat16 the rebuilt gradients of a padded network that is hardly trained are
     noise, of which a :class:`revlib.DriftWarning` tells: build it with `exact=True` then.
@@ -116,6 +117,8 @@ class IRevNet(nn.Module):
             blocks["pad"] = PadChannels(padding)
         by_stage = zip(units, strides, strict=True)
         by_coupling = [s for depth, first in by_stage for s in (first, *[1] * (depth - 1))]
+        # Some of the zeros are in the first stream, too.
+        both_padded = padding > c_in
         for place, stride in enumerate(by_coupling):
             c_out = c_in * stride**2
             f = sub_network(
@@ -128,7 +131,7 @@ class IRevNet(nn.Module):
             )
             blocks[str(place)] = SwapCoupling(f, stride=stride)
             c_in = c_out
-        if padding > 0 and len(by_coupling) > 1:
+        if both_padded and len(by_coupling) > 1:
             # It meets channels that are the same for all images. They have no spread either, and
             # are no zeros: only an input that was kept is free of what batch norm would magnify.
             blocks["1"].magnifies_rounding = True
