@@ -77,9 +77,9 @@ al., 2018, https://arxiv.org/abs/1802.07088 and https://github.com/jhjacobsen/py
 
 DEPTH_NOTE = f"""\
 MiB kept of {BATCH} images, on fake tensors: the stream is one tensor of the features' size, and
-`model(x)` with its loss keeps that and little more. Where the image is padded and the network not
-exact, it is the input of the second coupling beside it. The authors' own code keeps every
-activation, as "store" does."""
+`model(x)` with its loss keeps that and little more. (Where the image is padded with more channels
+than it has, which none is here, and the network is not exact, it keeps the input of the second
+coupling beside it.) The authors' own code keeps every activation, as "store" does."""
 
 
 def label(name: str, policy: str | None) -> str:

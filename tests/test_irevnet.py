@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,27 @@ def test_the_block_that_would_magnify_rounding_stays_recomputed():
         trunk.policy = ["rebuild"] * len(trunk)
     trunk.exact = True
     assert set(trunk.policies()) == {"rebuild"}
+
+
+@pytest.mark.parametrize(("padding", "kept"), [(11, False), (12, False), (14, True)])
+def test_only_padding_that_reaches_the_first_stream_magnifies_rounding(padding, kept):
+    channels = 24 - padding  # of streams of 12
+
+    trunk = IRevNet((2,), (1,), image_shape=(channels, 8, 8), padding=padding).trunk
+
+    assert ("recompute" in trunk.policies()) == kept
+
+
+def test_the_policy_of_the_network_may_be_set_anew():
+    model = tiny("a")
+
+    model.policy = "store"
+    assert model.policy == "store"
+    assert {*model.trunk.policies(), *model.head.policies()} == {"store"}
+
+    model.policy = "rebuild"
+    assert model.trunk.policies() == tiny("a").trunk.policies()
+    assert model.head.policies() == ["recompute", "store"]
 
 
 def test_one_coupling_on_a_padded_image_is_a_network():
@@ -440,6 +462,9 @@ def test_published_sizes_are_ours(build, units, strides, channels, squeeze, shap
         ({"linear.weight": 1}, "'linear.weight' of type int"),
         ({"epoch": 1, "state_dict": {}}, "'epoch' of type int"),
         ({"state_dict": {}}, "'state_dict' of type dict"),
+        ({3: torch.zeros(1)}, "3 of type Tensor"),
+        ({}, "{}"),
+        ([1], r"\[1\]"),
     ],
 )
 def test_what_is_no_state_dict_of_the_published_code_raises(published, got):
@@ -478,8 +503,11 @@ def test_an_odd_number_of_channels_raises():
         ({"padding": -1}, "padding must be a whole number of at least 0; got -1"),
         ({"squeeze": 0}, "squeeze must be a whole number of at least 1; got 0"),
         ({"squeeze": -2}, "squeeze must be a whole number of at least 1; got -2"),
+        ({"squeeze": "2"}, "squeeze must be a whole number of at least 1; got '2'"),
+        ({"num_classes": 0}, "num_classes must be a whole number of at least 1; got 0"),
         ({"bottleneck": 0}, "bottleneck must be a whole number of at least 1; got 0"),
         ({"units": (0, 2)}, r"units must be whole numbers above 0.*; got \(0, 2\)"),
+        ({"units": (), "strides": ()}, r"units must be whole numbers above 0.*; got \(\)"),
         ({"units": 2}, "units must be whole numbers above 0.*; got 2"),
         ({"strides": (0, 1)}, r"strides must be whole numbers above 0.*; got \(0, 1\)"),
         ({"kernels": (3, 3)}, r"kernels must be the sizes of 3 convolutions; got \(3, 3\)"),
@@ -491,6 +519,19 @@ def test_options_are_checked(options, message):
 
     with pytest.raises(ValueError, match=f"^{message}"):
         IRevNet(**{**sizes, **options})
+
+
+@pytest.mark.parametrize("squeeze", ["2", None])
+def test_a_builder_checks_what_it_computes_the_padding_of(squeeze):
+    with pytest.raises(ValueError, match=f"^squeeze must be a whole .*; got {squeeze!r}"):
+        irevnet_a(squeeze=squeeze)
+
+
+def test_an_image_shape_may_be_of_numpys_integers():
+    shape = IRevNet((1,), (1,), image_shape=np.array((4, 8, 8))).image_shape
+
+    assert shape == (4, 8, 8)
+    assert {type(n) for n in shape} == {int}
 
 
 def test_padding_of_ones_own_takes_images_of_more_channels():

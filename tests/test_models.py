@@ -132,6 +132,31 @@ def test_policy_is_an_option_of_the_whole_network(policy):
     assert model.head.policies() == [policy, "store"]
 
 
+def test_the_policy_of_the_network_may_be_set_anew():
+    model = create_model("revnet38", policy="store")
+
+    model.policy = "rebuild"
+    assert model.policy == create_model("revnet38").policy == model.trunk.policies()
+    assert model.head.policies() == ["recompute", "store"]
+
+    model.policy = "store"
+    assert {*model.trunk.policies(), *model.head.policies()} == {"store"}
+
+
+def test_a_policy_by_block_is_one_of_the_couplings_and_transitions():
+    policies = ["rebuild", "store", "recompute", "rebuild", "recompute", "store"]
+
+    model = RevNet(**TINY, policy=policies)
+
+    assert model.trunk.policies() == policies
+    assert model.head.policies() == ["recompute", "store"]
+
+
+def test_unknown_policy_raises():
+    with pytest.raises(ValueError, match=r"policy must be one of .*; got 'bad'"):
+        RevNet(**TINY, policy="bad")
+
+
 def test_unknown_name_raises():
     with pytest.raises(ValueError, match=r"name must be one of resnet32, .*; got 'revnet39'"):
         create_model("revnet39")
@@ -149,7 +174,24 @@ def test_as_many_widths_as_stages_and_a_stem(model):
 
 
 @pytest.mark.parametrize("model", [ResNet, RevNet])
-@pytest.mark.parametrize(("units", "widths"), [((0, 2), (8, 8, 16)), ((1, 1), (8, 0, 16))])
+@pytest.mark.parametrize(
+    ("units", "widths"),
+    [
+        ((0, 2), (8, 8, 16)),
+        ((1, 1), (8, 0, 16)),
+        ((), (8,)),
+        ((2, 2), (32, "a", 2)),
+        ((2, 2), 32),
+        ((2,), (32.0, 32.0)),
+    ],
+)
 def test_stages_without_blocks_or_channels_raise(model, units, widths):
     with pytest.raises(ValueError, match=r"(units|widths) must be whole numbers above 0.*; got"):
         model(units, widths)
+
+
+@pytest.mark.parametrize("model", [ResNet, RevNet])
+@pytest.mark.parametrize("option", ["num_classes", "in_channels"])
+def test_no_classes_or_channels_raise(model, option):
+    with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1; got 0"):
+        model(**TINY, **{option: 0})

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from revlib.models.checks import check_image_shape
+from revlib.models.checks import check_at_least, check_image_shape
 from revlib.models.irevnet import IRevNet, irevnet_state_dict
 from revlib.models.resnet import ResNet
 from revlib.models.revnet import RevNet
@@ -149,7 +149,9 @@ def widened(
     channels: int, image_shape: tuple[int, int, int], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Adds the padding that takes an image to as many channels, unless the options name one."""
-    places = options.get("squeeze", 1) ** 2
+    squeeze = options.get("squeeze", 1)
+    check_at_least(1, squeeze=squeeze)
+    places = squeeze**2
     padding = channels - check_image_shape(image_shape)[0] * places
     if padding < 0 and "padding" not in options:
         raise ValueError(

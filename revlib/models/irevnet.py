@@ -22,6 +22,10 @@ PUBLISHED = {
     rf"bn1\.{ENTRY}": r"head.0.0.\1",
     r"linear\.(weight|bias)": r"head.1.\1",
 }
+STATE_DICT = (
+    "a state dict of the published i-RevNet, tensors named stack, bn1 and linear (of a checkpoint "
+    "it is the entry 'state_dict')"
+)
 
 
 class IRevNet(nn.Module):
@@ -30,8 +34,9 @@ class IRevNet(nn.Module):
     The image is squeezed, padded with channels of zeros where the network is to be wider, and
     split in two streams; couplings do the rest, and where they stride both streams are squeezed.
     So a training step keeps the features, which the head is recomputed from, and no activation
-    that grows with depth; where the image is padded and the trunk not exact, it also keeps the
-    input of the second coupling. (The published code keeps every activation.)
+    that grows with depth; where the image is padded with more channels than it has and the trunk
+    is not exact, it also keeps the input of the second coupling. (The published code keeps
+    every activation.)
 
     Under autocast to bfloat16 the rebuilt gradients of a padded network that is hardly trained are
     noise, of which a :class:`revlib.DriftWarning` tells: build it with `exact=True` then.
@@ -51,7 +56,8 @@ class IRevNet(nn.Module):
         kernels: The sizes of its three convolutions.
         num_classes: The number of classes.
         dropout: The probability of dropout inside the sub-networks.
-        policy: The policy of the trunk; under "store" the head is stored, too.
+        policy: The policy of the trunk, or a list of each block's; under "store" the head is
+            stored, too.
         exact: As for :class:`revlib.ReversibleSequential`.
 
     Shape:
@@ -86,14 +92,15 @@ class IRevNet(nn.Module):
         kernels: tuple[int, int, int] = (3, 3, 3),
         num_classes: int = 10,
         dropout: float = 0.0,
-        policy: Policy = "rebuild",
+        policy: Policy | Sequence[Policy] = "rebuild",
         exact: bool = False,
     ) -> None:
         super().__init__()
-        check_counts("units", units, rule="whole numbers above 0, one per stage")
-        check_counts("strides", strides, rule="whole numbers above 0, one per stage")
-        check_counts("kernels", kernels, rule="the sizes of 3 convolutions", length=3)
-        check_at_least(1, squeeze=squeeze, bottleneck=bottleneck)
+        units = check_counts("units", units, rule="whole numbers above 0, one per stage")
+        strides = check_counts("strides", strides, rule="whole numbers above 0, one per stage")
+        kernels = check_counts("kernels", kernels, rule="the sizes of 3 convolutions", length=3)
+        self.image_shape = check_image_shape(image_shape)
+        check_at_least(1, squeeze=squeeze, bottleneck=bottleneck, num_classes=num_classes)
         check_at_least(0, padding=padding)
         if len(units) != len(strides):
             raise ValueError(
@@ -102,29 +109,16 @@ class IRevNet(nn.Module):
         if any(kernel % 2 == 0 for kernel in kernels):
             raise ValueError(f"kernels must be odd, to keep height and width; got {kernels}")
         coarser = squeeze * math.prod(strides)
-        self.image_shape = check_image_shape(image_shape)
-        if any(side % coarser for side in self.image_shape[1:]):
-            raise ValueError(
-                f"image_shape must have height and width divisible by {coarser}, for all that the "
-                f"network squeezes; got {self.image_shape}"
-            )
-        channels, height, width = self.image_shape
-        channels = channels * squeeze**2 + padding
-        if channels % 2:
-            raise ValueError(
-                "image_shape, squeeze and padding must give an even number of channels, to be "
-                f"split in two streams; got {channels} with image_shape {self.image_shape}"
-            )
+        c_in = stream_channels(self.image_shape, coarser, squeeze, padding)
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
         if squeeze > 1:
             blocks["squeeze"] = Squeeze(squeeze)
         if padding > 0:
             blocks["pad"] = PadChannels(padding)
-        c_in = channels // 2
-        # Of the second stream, which the first sub-network sees.
-        padded = min(padding, c_in)
         by_stage = zip(units, strides, strict=True)
         by_coupling = [s for depth, first in by_stage for s in (first, *[1] * (depth - 1))]
+        # Some of the zeros are in the first stream, too.
+        both_padded = padding > c_in
         for place, stride in enumerate(by_coupling):
             c_out = c_in * stride**2
             f = sub_network(
@@ -133,19 +127,31 @@ class IRevNet(nn.Module):
                 stride=stride,
                 dropout=dropout,
                 first=place == 0,
-                padded=padded if place == 0 else 0,
+                padded=min(padding, c_in) if place == 0 else 0,
             )
             blocks[str(place)] = SwapCoupling(f, stride=stride)
             c_in = c_out
-        if padding > 0 and len(by_coupling) > 1:
+        if both_padded and len(by_coupling) > 1:
             # It meets channels that are the same for all images. They have no spread either, and
             # are no zeros: only an input that was kept is free of what batch norm would magnify.
             blocks["1"].magnifies_rounding = True
-        self.trunk = ReversibleSequential(blocks, policy=policy, exact=exact)
+        self.trunk = ReversibleSequential(blocks, exact=exact)
+        _, height, width = self.image_shape
         self.feature_shape = (2 * c_in, height // coarser, width // coarser)
+        self.head = ReversibleSequential(*head(2 * c_in, num_classes), policy="store")
+        self.policy = policy
+
+    @property
+    def policy(self) -> Policy | list[Policy]:
+        """The policy of the trunk; it may be set anew, which sets the head's, too."""
+        return self.trunk.policy
+
+    @policy.setter
+    def policy(self, policy: Policy | Sequence[Policy]) -> None:
+        self.trunk.policy = policy
         # What it keeps of the features the trunk keeps anyway.
         pooling = "store" if policy == "store" else "recompute"
-        self.head = ReversibleSequential(*head(2 * c_in, num_classes), policy=[pooling, "store"])
+        self.head.policy = [pooling, "store"]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -164,6 +170,25 @@ class IRevNet(nn.Module):
         """
         check_sample("features", features, self.feature_shape)
         return self.trunk.inverse(features)
+
+
+def stream_channels(
+    image_shape: tuple[int, int, int], coarser: int, squeeze: int, padding: int
+) -> int:
+    """Returns the width of each of the two streams, if the image can be taken apart so."""
+    channels, *sides = image_shape
+    if any(side % coarser for side in sides):
+        raise ValueError(
+            f"image_shape must have height and width divisible by {coarser}, for all that the "
+            f"network squeezes; got {image_shape}"
+        )
+    channels = channels * squeeze**2 + padding
+    if channels % 2:
+        raise ValueError(
+            "image_shape, squeeze and padding must give an even number of channels, to be "
+            f"split in two streams; got {channels} with image_shape {image_shape}"
+        )
+    return channels // 2
 
 
 def sub_network(
@@ -241,18 +266,17 @@ def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> revlib.models.irevnet_state_dict({"module.linear.bias": torch.zeros(10)}).keys()
         dict_keys(['head.1.bias'])
     """
-    return {
-        renamed(name.removeprefix("module."), value): value for name, value in published.items()
-    }
+    if not isinstance(published, Mapping) or not published:
+        raise ValueError(f"published must be {STATE_DICT}; got {published!r}")
+    return {renamed(name, value): value for name, value in published.items()}
 
 
-def renamed(name: str, value: Any) -> str:
-    for pattern, ours in PUBLISHED.items():
-        match = re.fullmatch(pattern, name)
-        if match and isinstance(value, Tensor):
-            return match.expand(ours)
+def renamed(name: Any, value: Any) -> str:
+    if isinstance(name, str) and isinstance(value, Tensor):
+        for pattern, ours in PUBLISHED.items():
+            match = re.fullmatch(pattern, name.removeprefix("module."))
+            if match:
+                return match.expand(ours)
     raise ValueError(
-        "published must be a state dict of the published i-RevNet, tensors named stack, bn1 and "
-        f"linear (of a checkpoint it is the entry 'state_dict'); got {name!r} of type "
-        f"{type(value).__name__}"
+        f"published must be {STATE_DICT}; got {name!r} of type {type(value).__name__}"
     )

@@ -1,12 +1,26 @@
 """What ResNet and RevNet are both made of: residual functions, shortcuts, stem and head."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from revlib.models.checks import check_counts
+
+
+def check_stages(units: Any, widths: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    units = check_counts("units", units, rule="whole numbers above 0, one per stage")
+    widths = check_counts(
+        "widths", widths, rule="whole numbers above 0, one per stage and one for the stem"
+    )
+    if len(widths) != len(units) + 1:
+        raise ValueError(
+            "widths must have one entry more than units, for the stem; "
+            f"got {len(widths)} widths for {len(units)} stages"
+        )
+    return units, widths
 
 
 def block_shapes(
@@ -20,15 +34,6 @@ def block_shapes(
         widths: The channels of the stem and of each stage.
         bottleneck: Whether blocks put out 4 times the width of their stage.
     """
-    if len(widths) != len(units) + 1:
-        raise ValueError(
-            "widths must have one entry more than units, for the stem; "
-            f"got {len(widths)} widths for {len(units)} stages"
-        )
-    check_counts("units", units, rule="whole numbers above 0, one per stage")
-    check_counts(
-        "widths", widths, rule="whole numbers above 0, one per stage and one for the stem"
-    )
     c_in = widths[0]
     for stage, (depth, width) in enumerate(zip(units, widths[1:], strict=True)):
         c_out = 4 * width if bottleneck else width

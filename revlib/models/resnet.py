@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from revlib.models.checks import check_at_least
 from revlib.models.residual import (
     block_shapes,
+    check_stages,
     head,
     initialize,
     residual_function,
@@ -64,6 +66,8 @@ class ResNet(nn.Module):
         large_images: bool = False,
     ) -> None:
         super().__init__()
+        units, widths = check_stages(units, widths)
+        check_at_least(1, num_classes=num_classes, in_channels=in_channels)
         self.stem = stem(in_channels, widths[0], large_images=large_images)
         blocks = []
         for c_in, c_out, stride in block_shapes(units, widths, bottleneck):

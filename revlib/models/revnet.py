@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import AdditiveCoupling
+from revlib.invertible import InvertibleModule
+from revlib.models.checks import check_at_least
 from revlib.models.residual import (
     block_shapes,
+    check_stages,
     head,
     initialize,
     residual_function,
@@ -57,7 +60,8 @@ class RevNet(nn.Module):
         dropout: The probability of dropout inside the residual functions.
         large_images: Whether it is built as for ImageNet: the stem takes height and width to a
             quarter, and a shortcut that changes its shape is a 1x1 convolution.
-        policy: The policy of the couplings; under "store" transitions and head are stored, too.
+        policy: The policy of the couplings, or a list of each block's; under "store" transitions
+            and head are stored, too.
         exact: As for :class:`revlib.ReversibleSequential`.
 
     Shape:
@@ -84,15 +88,16 @@ class RevNet(nn.Module):
         in_channels: int = 3,
         dropout: float = 0.0,
         large_images: bool = False,
-        policy: Policy = "rebuild",
+        policy: Policy | Sequence[Policy] = "rebuild",
         exact: bool = False,
     ) -> None:
         super().__init__()
+        units, widths = check_stages(units, widths)
+        check_at_least(1, num_classes=num_classes, in_channels=in_channels)
         if any(width % 2 for width in widths):
-            raise ValueError(f"widths must be even, to be split in halves; got {tuple(widths)}")
+            raise ValueError(f"widths must be even, to be split in halves; got {widths}")
         self.stem = stem(in_channels, widths[0], large_images=large_images)
-        self.trunk = ReversibleSequential(exact=exact)
-        without_inverse = "store" if policy == "store" else "recompute"
+        blocks = []
         halves = [width // 2 for width in widths]
         for c_in, c_out, stride in block_shapes(units, halves, bottleneck):
             f = residual_function(
@@ -101,12 +106,30 @@ class RevNet(nn.Module):
             g = residual_function(c_out, c_out, bottleneck=bottleneck, dropout=dropout)
             if stride > 1 or c_in != c_out:
                 s1, s2 = (shortcut(c_in, c_out, stride, learned=large_images) for _ in "12")
-                self.trunk.append(Transition(f, g, s1, s2), without_inverse)
+                blocks.append(Transition(f, g, s1, s2))
             else:
-                self.trunk.append(AdditiveCoupling(f, g), policy)
-        policies = [without_inverse, "store"]
-        self.head = ReversibleSequential(*head(2 * c_out, num_classes), policy=policies)
+                blocks.append(AdditiveCoupling(f, g))
+        self.trunk = ReversibleSequential(*blocks, policy="store", exact=exact)
+        self.head = ReversibleSequential(*head(2 * c_out, num_classes), policy="store")
+        self.policy = policy
         initialize(self)
+
+    @property
+    def policy(self) -> Policy | list[Policy]:
+        """The policy of the trunk's blocks; it may be set anew, which sets the head's, too."""
+        return self.trunk.policy
+
+    @policy.setter
+    def policy(self, policy: Policy | Sequence[Policy]) -> None:
+        without_inverse = "store" if policy == "store" else "recompute"
+        by_block = policy
+        if policy == "rebuild":
+            by_block = [
+                policy if isinstance(block, InvertibleModule) else without_inverse
+                for block in self.trunk
+            ]
+        self.trunk.policy = by_block
+        self.head.policy = [without_inverse, "store"]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.trunk(self.stem(x)))
