@@ -309,6 +309,24 @@ def test_halves_that_begin_anywhere_in_memory_change_nothing_of_it(
     assert_equal(got, step(twin, (twin_x,), getattr(twin, direction)))
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(
+    "make", [lambda: flows.ActNormConv1x1(8), lambda: flows.InvertibleConv1x1(8)]
+)
+def test_backward_under_autocast_is_that_of_the_stored_run(make, direction, device):
+    torch.manual_seed(0)
+    chain = flows.FlowSequential(make(), make(), exact=True).to(device).eval()
+    x = torch.randn(4, 8, 4, 4, device=device, requires_grad=True)
+    twin, twin_x = copy.deepcopy(chain), x.detach().clone().requires_grad_()
+    twin.policy = "store"
+
+    with torch.autocast(device.type, torch.bfloat16):
+        got = step(chain, (x,), getattr(chain, direction))
+        want = step(twin, (twin_x,), getattr(twin, direction))
+
+    assert_equal(got, want)
+
+
 def test_a_chain_of_no_blocks_gives_what_it_is_given_on_the_grid(device):
     x = torch.tensor([[0.3 * STEP, 7.7 * STEP]], device=device)
 

@@ -109,7 +109,8 @@ class ChannelMap(FlowLayer):
             gradients_of = inverse_gradients_at if inverse else gradients_at
             x = result if inverse else given
             dgiven, *dweights = gradients_of(x, dresult, dlog_det, matrix)
-            pullback(dweights)
+        # Under the autocast that a stored run goes back under, too.
+        pullback(dweights)
         return (given,), (dgiven,)
 
     def _map_exactly(
@@ -253,22 +254,23 @@ class ActNormConv1x1(ChannelMap):
     def weights_and_pullback(self) -> tuple[tuple[Tensor, Tensor, None], Pullback]:
         log_scale, bias = self.actnorm.weights()
         lu = self.conv.lu_factors()
-        right, scale = lu.right(), log_scale.exp()
         with autocast_off(bias.device):
+            right, scale = lu.right(), log_scale.exp()
             unscaled = lu.product(right)
             matrix, moved = unscaled * scale, unscaled @ bias
 
         def pullback(dmatrix: Tensor, dbias: Tensor, dlog_abs_det: Tensor) -> Gradients:
-            dmatrix, dbias = dmatrix.to(matrix.dtype), dbias.to(bias.dtype)
-            dunscaled = torch.addr(dmatrix * scale, dbias, bias)
-            dlower, dupper, dlog_diagonal = lu.gradients(right, dunscaled)
-            return [
-                (log_scale, (dmatrix * matrix).sum(0) + dlog_abs_det),
-                (bias, unscaled.T @ dbias),
-                (lu.lower, dlower),
-                (lu.upper, dupper),
-                (lu.log_diagonal, dlog_diagonal + dlog_abs_det),
-            ]
+            with autocast_off(bias.device):
+                dmatrix, dbias = dmatrix.to(matrix.dtype), dbias.to(bias.dtype)
+                dunscaled = torch.addr(dmatrix * scale, dbias, bias)
+                dlower, dupper, dlog_diagonal = lu.gradients(right, dunscaled)
+                return [
+                    (log_scale, (dmatrix * matrix).sum(0) + dlog_abs_det),
+                    (bias, unscaled.T @ dbias),
+                    (lu.lower, dlower),
+                    (lu.upper, dupper),
+                    (lu.log_diagonal, dlog_diagonal + dlog_abs_det),
+                ]
 
         return (matrix, moved, None), pullback
 
