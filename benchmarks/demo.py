@@ -36,7 +36,7 @@ def demo(console: Console) -> None:
     # Imported here, so that Ctrl-C is handled while PyTorch loads, too.
     import torch
 
-    from benchmarks import demo_flows, twins, twins_report
+    from benchmarks import demo_flows, reporting, twins, twins_report
     from revlib.train import Settings
 
     # With images this small, a second thread waits more than it works.
@@ -44,7 +44,7 @@ def demo(console: Console) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     heading = "{device}, Python {Python}, torch {torch}, revlib {revlib}, {date}\n"
     console.print(TITLE, style="bold")
-    console.print(heading.format_map(twins_report.environment()))
+    console.print(heading.format_map(reporting.environment()))
 
     with tempfile.TemporaryDirectory() as runs, twins.progress_bars(console) as progress:
         settings = Settings(data="digits", out=Path(runs), epochs=EPOCHS, batch_size=64, lr=0.1)

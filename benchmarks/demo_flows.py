@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributions import MultivariateNormal
 
+from benchmarks.reporting import environment
 from benchmarks.twins import progress_bars
-from benchmarks.twins_report import environment
 from revlib import flows
 from revlib.memory import MIB, measure_step
 from revlib.train import DensityProgress, DensityResult, Settings, load_samples, train

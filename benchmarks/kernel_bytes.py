@@ -24,6 +24,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 import revlib
 from benchmarks.kernel_cases import CASES, Case, Traffic
 from benchmarks.kernel_forms import Forms
+from benchmarks.reporting import markdown_table
 
 DTYPES = (torch.float32, torch.bfloat16)
 # A sample of several tiles, so that what is kept of each tile shows as little as it does in use.
@@ -112,12 +113,12 @@ def table(cases: Iterable[Case]) -> str:
     """Markdown, one line per call."""
     forms = ("kernel", "eager", "minimum")
     columns = [f"{form}, {dtype}".replace("torch.", "") for dtype in DTYPES for form in forms]
-    lines = [["bytes per element", *columns], ["---", *("---:" for _ in columns)]]
+    lines = []
     for case in cases:
         moved = [bytes_moved(case, dtype) for dtype in DTYPES]
         numbers = [number for of_dtype in moved for number in astuple(of_dtype)]
         lines.append([case.name, *("" if n is None else f"{n:.1f}" for n in numbers)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["bytes per element", *columns], lines)
 
 
 if __name__ == "__main__":

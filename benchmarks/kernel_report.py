@@ -5,6 +5,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.reporting import markdown_table
 from revlib.memory import MIB
 
 SHARE_OF_COPY = 0.90
@@ -141,9 +142,9 @@ class Results:
             "\n".join(f"- {name}: {text}" for name, text in self.made_by.items()),
             METHOD,
             "## Ops",
-            table(OP_HEADER, map(op_line, self.ops)),
+            markdown_table(OP_HEADER, map(op_line, self.ops)),
             "## Steps",
-            table(STEP_HEADER, map(step_line, self.steps)),
+            markdown_table(STEP_HEADER, map(step_line, self.steps)),
         ]
         if self.failed:
             lines = (f"- {name}: {why}" for name, why in self.failed.items())
@@ -184,11 +185,6 @@ def step_line(step: StepFigures) -> list[str]:
         f"{median:.2f} ± {(third - first) / 2:.2f}",
         *(mib(step.peak_bytes[switch]) for switch in ("on", "off")),
     ]
-
-
-def table(header, lines) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
 
 
 def mib(n_bytes: int | None) -> str:

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from benchmarks.flow_memory_limit import ROOT, is_out_of_memory, limit_memory
-from benchmarks.twins_report import environment
+from benchmarks.reporting import environment
 from revlib.memory import MIB, StepMemory, measure_step
 from revlib.models import IRevNet, create_model
 from revlib.train import load_data

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.twins_report import INK, environment
+from benchmarks.reporting import environment
+from benchmarks.twins_report import INK
 from revlib.models import irevnet_a, irevnet_b
 from revlib.train import Images, load_data
 

@@ -2,18 +2,15 @@
 
 import dataclasses
 import json
-import platform
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-import revlib
+from benchmarks.reporting import environment, markdown_table
 from benchmarks.twins import (
     IREVNET,
     RESNET,
@@ -40,19 +37,6 @@ without the images, parameters, gradients and optimizer state; the deeper networ
 blocks of the same widths. A network called stored is the same one with its activations stored
 instead of rebuilt. Time is the median over rounds in which each network steps once, and a ratio
 is the median of the rounds' ratios."""
-
-
-def environment() -> dict[str, str]:
-    """Returns what the figures depend on besides the code and the settings."""
-    threads = torch.get_num_threads()
-    cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "revlib": revlib.__version__,
-        "date": date.today().isoformat(),
-    }
 
 
 def describe_training(source: str, comparison: Comparison) -> str:
@@ -158,12 +142,11 @@ def write_report(
     made_by = {"command": command, **environment()}
     draw(title, comparison).savefig(png, dpi=160)
 
-    table = [["", *(contender.label for contender in comparison.contenders)]]
-    table += [["---", *["---:"] * len(comparison.contenders)], *rows(comparison)]
+    header = ["", *(contender.label for contender in comparison.contenders)]
     paragraphs = [
         f"# {title}",
         describe_outcome(comparison),
-        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        markdown_table(header, rows(comparison)),
         f"![Memory against depth, and accuracy]({png.name})",
         describe_training(source, comparison),
         NOTE,
@@ -233,12 +216,3 @@ def _draw_accuracy(axes: Axes, comparison: Comparison) -> None:
 
 def _percent(mean: float, error: float) -> str:
     return f"{100 * mean:.2f} ± {100 * error:.2f} %"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # Only Linux has it.
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

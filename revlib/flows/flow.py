@@ -195,10 +195,13 @@ class Flow(nn.Module):
             raise
 
     def _note_dtypes(self, error: RuntimeError, **inputs: Tensor | None) -> None:
+        dtype = self._dtype
         for name, given in inputs.items():
-            if given is not None and given.is_floating_point() and given.dtype != self._dtype:
+            if given is None or not given.is_floating_point():
+                continue
+            if dtype not in (None, given.dtype):
                 error.add_note(
-                    f"{name} must be {self._dtype}, as the flow's parameters are, where neither "
+                    f"{name} must be {dtype}, as the flow's parameters are, where neither "
                     f"autocast nor a conditioner casts it; got {given.dtype}"
                 )
 

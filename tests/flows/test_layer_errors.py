@@ -1087,6 +1087,18 @@ def test_an_error_in_a_flow_notes_which_input_has_another_dtype(bad: Bad):
     assert note == bad.text
 
 
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("failed")
+
+
+def test_a_flow_without_parameters_notes_no_dtype():
+    with pytest.raises(RuntimeError) as caught:
+        flows.Flow(flows.AdditiveCoupling(Fails())).log_prob(x(5, 2))
+
+    assert len(caught.value.__notes__) == 1
+
+
 class Casts(nn.Module):
     """A conditioner that takes any dtype."""
 
