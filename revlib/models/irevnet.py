@@ -38,8 +38,10 @@ class IRevNet(nn.Module):
     is not exact, it also keeps the input of the second coupling. (The published code keeps
     every activation.)
 
-    Under autocast to bfloat16 the rebuilt gradients of a padded network that is hardly trained are
-    noise, of which a :class:`revlib.DriftWarning` tells: build it with `exact=True` then.
+    Train it on normalised images. In the first steps of training the gradients that are rebuilt
+    in float32 may be some per cent off from the stored run's, most so those of a padded network;
+    on raw pixels, and now and then on others, a :class:`revlib.DriftWarning` tells. Under autocast
+    to bfloat16 most of them are noise, padded or not. `exact=True` is the remedy of both.
 
     Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
     with are larger: until the running statistics of batch norm are those of the data, activations
