@@ -2,10 +2,11 @@
 
 Run:    python -m benchmarks.reconstructions --data cifar10.npz
 
-The file holds `x_train, y_train, x_test, y_test` as Keras writes them. The injective network (a)
-and the bijective one (b) are trained for a moment, so that their weights are no longer those they
-were drawn with, and are then asked for test images: with float32's rounding, and exactly. Images
-whose sides are no multiples of 8 are for (a) alone.
+The file holds `x_train, y_train, x_test, y_test` as Keras writes them. Images are
+normalised, and rounded to the grid of an exact chain, which gives back what lies on it. The
+injective network (a) and the bijective one (b) are trained for a moment, so that their weights are
+no longer those they were drawn with, and are then asked for test images: with float32's rounding,
+and exactly. Images whose sides are no multiples of 8 are for (a) alone.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from revlib.train import Images, load_data
 
 SHOWN, BATCH = 10, 32
 BUILDERS = {"(a)": irevnet_a, "(b)": irevnet_b}
+GRID = 2.0**-12
 COARSEST = 8  # what (b) divides height and width by
 
 
@@ -36,9 +38,15 @@ def build(name: str, images: Images, *, exact: bool) -> nn.Module:
     return BUILDERS[name](image_shape=shape, num_classes=images.classes, exact=exact)
 
 
-def pixels(x: Tensor) -> Tensor:
-    """Bytes become multiples of 1/256, which lie on the grid of an exact chain."""
-    return x.float() / 256
+def normalized(x: Tensor, images: Images) -> Tensor:
+    mean, std = images.mean[:, None, None], images.std[:, None, None]
+    return ((x - mean) / std / GRID).round() * GRID
+
+
+def pixels(x: Tensor, images: Images) -> Tensor:
+    """Undoes `normalized`, to where white is 1."""
+    mean, std = images.mean[:, None, None], images.std[:, None, None]
+    return (x.double() * std + mean) / 255
 
 
 def train(model: nn.Module, images: Images, steps: int) -> float:
@@ -47,12 +55,12 @@ def train(model: nn.Module, images: Images, steps: int) -> float:
     right = []
     for i in range(steps):
         part = slice(i * BATCH, (i + 1) * BATCH)
-        logits, y = model(pixels(images.x_train[part])), images.y_train[part]
+        logits, y = model(normalized(images.x_train[part], images)), images.y_train[part]
         optimizer.zero_grad()
         F.cross_entropy(logits, y).backward()
         optimizer.step()
         right.append((logits.argmax(1) == y).float().mean().item())
-    late = right[-(-3 * steps // 4) :]
+    late = right[3 * steps // 4 :]
     return sum(late) / len(late)
 
 
@@ -67,7 +75,7 @@ def draw(rows: dict[str, Tensor]) -> Figure:
     axes = figure.subplots(len(rows), SHOWN, squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for place, picture in zip(line, pictures.clamp(0, 1), strict=True):
-            place.imshow(picture.movedim(0, -1), cmap="gray", vmin=0, vmax=1)
+            place.imshow(picture.movedim(0, -1).numpy(), cmap="gray", vmin=0, vmax=1)
             place.set_xticks([])
             place.set_yticks([])
             place.spines[:].set_visible(False)
@@ -81,19 +89,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=32, help=f"of {BATCH} images each")
     parser.add_argument("--report", type=Path, default=Path("runs/reconstructions"))
     options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1; got {options.steps}")
     torch.set_num_threads(1)
     images = load_data(options.data)
-    x = pixels(images.x_test[:SHOWN])
-    rows, figures = {"image": x}, {}
+    x = normalized(images.x_test[:SHOWN], images)
+    shown = pixels(x, images)
+    rows, figures = {"image": shown}, {}
     fits = not any(side % COARSEST for side in x.shape[2:])
     for name in ("(a)", "(b)") if fits else ("(a)",):
         for exact in (False, True):
             model = build(name, images, exact=exact)
             accuracy = train(model, images, options.steps)
             row = f"{name}, {'exact' if exact else 'float32'}"
-            rows[row] = rebuilt(model, x)
+            rows[row] = pixels(rebuilt(model, x), images)
             figures[row] = {
-                "largest error, of 1": (rows[row] - x).abs().max().item(),
+                "largest error, of 1": (rows[row] - shown).abs().max().item(),
                 "images told right in training": accuracy,
             }
     options.report.parent.mkdir(parents=True, exist_ok=True)

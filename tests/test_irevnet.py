@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revlib import SwapCoupling
+from revlib import DriftWarning, SwapCoupling
 from revlib.memory import measure_step
 from revlib.models import (
     IRevNet,
@@ -168,6 +169,72 @@ def test_a_whole_network_trains_in_float32_without_a_drift_warning(build, device
         optimizer.step()
 
     assert float(model.trunk.rebuild_error) > 0  # the guard looked, and a warning would fail
+
+
+def padded_to_twice_the_image(**options: object) -> IRevNet:
+    """As `irevnet_a` is for ImageNet, but narrow inside: its padding is all of one stream."""
+    sizes = {"units": (4, 4, 6, 4), "strides": (1, 2, 2, 2), "squeeze": 4, "padding": 48}
+    return IRevNet(**sizes, image_shape=(3, 64, 64), bottleneck=32, **options)
+
+
+def smooth_images(batch: int, side: int, device: torch.device) -> Tensor:
+    """Normalised images whose neighbouring pixels are alike, as those of photographs are."""
+    x = sum(
+        F.interpolate(torch.randn(batch, 3, cells, cells), (side, side), mode="bilinear") / cells
+        for cells in (2, 4, 8, 16, 32)
+    )
+    x -= x.mean((0, 2, 3), keepdim=True)
+    return (x / x.std((0, 2, 3), keepdim=True)).to(device)
+
+
+def train_beside_stored(model: IRevNet, steps: int, dtype: torch.dtype) -> Iterator[tuple]:
+    """Yields the gradients of each step, rebuilt and those of a stored copy."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for _ in range(steps):
+        x, y = smooth_images(8, model.image_shape[1], device), torch.arange(8, device=device)
+        stored = copy.deepcopy(model)
+        stored.policy = "store"
+        optimizer.zero_grad()
+        for net in (model, stored):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = F.cross_entropy(net(x), y)
+            loss.backward()
+        yield [[p.grad for p in net.parameters()] for net in (model, stored)]
+        optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [irevnet_b, padded_to_twice_the_image])
+def test_float32_gradients_of_the_first_steps_are_off_by_less_than_5_percent(build, device):
+    torch.manual_seed(0)
+    model = build().to(device)
+
+    for got, want in train_beside_stored(model, 4, torch.float32):  # a DriftWarning would fail
+        off = sum((g - w).square().sum() for g, w in zip(got, want, strict=True))
+        assert 0 < off / sum(w.square().sum() for w in want) < 0.05**2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("build", [irevnet_a, irevnet_b])
+def test_exact_gradients_of_a_whole_network_are_the_stored_runs(build, dtype, device):
+    torch.manual_seed(0)
+    model = build(exact=True).to(device)
+
+    for got, want in train_beside_stored(model, 2, dtype):
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [irevnet_a, irevnet_b])
+def test_under_bfloat16_a_network_that_is_not_exact_is_warned_of(build, device):
+    torch.manual_seed(1)
+    model = build().to(device)
+
+    with pytest.warns(DriftWarning):
+        for _ in train_beside_stored(model, 3, torch.bfloat16):
+            pass
 
 
 @both_kinds

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,8 +38,10 @@ class IRevNet(nn.Module):
     is not exact, it also keeps the input of the second coupling. (The published code keeps
     every activation.)
 
-    Under autocast to bfloat16 the rebuilt gradients of a padded network that is hardly trained are
-    noise, of which a :class:`revlib.DriftWarning` tells: build it with `exact=True` then.
+    Train it on normalised images. In the first steps of training the gradients that are rebuilt
+    in float32 may be some per cent off from the stored run's, most so those of a padded network;
+    on raw pixels, and now and then on others, a :class:`revlib.DriftWarning` tells. Under autocast
+    to bfloat16 most of them are noise, padded or not. `exact=True` is the remedy of both.
 
     Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
     with are larger: until the running statistics of batch norm are those of the data, activations
@@ -115,30 +117,14 @@ class IRevNet(nn.Module):
             blocks["squeeze"] = Squeeze(squeeze)
         if padding > 0:
             blocks["pad"] = PadChannels(padding)
-        by_stage = zip(units, strides, strict=True)
-        by_coupling = [s for depth, first in by_stage for s in (first, *[1] * (depth - 1))]
-        # Some of the zeros are in the first stream, too.
-        both_padded = padding > c_in
-        for place, stride in enumerate(by_coupling):
-            c_out = c_in * stride**2
-            f = sub_network(
-                (c_in, max(1, c_out // bottleneck), c_out),
-                kernels,
-                stride=stride,
-                dropout=dropout,
-                first=place == 0,
-                padded=min(padding, c_in) if place == 0 else 0,
-            )
-            blocks[str(place)] = SwapCoupling(f, stride=stride)
-            c_in = c_out
-        if both_padded and len(by_coupling) > 1:
-            # It meets channels that are the same for all images. They have no spread either, and
-            # are no zeros: only an input that was kept is free of what batch norm would magnify.
-            blocks["1"].magnifies_rounding = True
+        inside = {"bottleneck": bottleneck, "kernels": kernels, "dropout": dropout}
+        for place, coupling in enumerate(couplings(c_in, units, strides, padding, **inside)):
+            blocks[str(place)] = coupling
         self.trunk = ReversibleSequential(blocks, exact=exact)
         _, height, width = self.image_shape
-        self.feature_shape = (2 * c_in, height // coarser, width // coarser)
-        self.head = ReversibleSequential(*head(2 * c_in, num_classes), policy="store")
+        features = 2 * c_in * math.prod(strides) ** 2
+        self.feature_shape = (features, height // coarser, width // coarser)
+        self.head = ReversibleSequential(*head(features, num_classes), policy="store")
         self.policy = policy
 
     @property
@@ -189,6 +175,40 @@ def stream_channels(
             f"split in two streams; got {channels} with image_shape {image_shape}"
         )
     return channels // 2
+
+
+def couplings(
+    c_in: int,
+    units: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: int,
+    *,
+    bottleneck: int,
+    kernels: tuple[int, ...],
+    dropout: float,
+) -> Iterator[SwapCoupling]:
+    """Yields the couplings, first to last, of streams that are `c_in` channels wide at first."""
+    # Of the second stream, which the first sub-network sees, and whether the first has some, too.
+    padded, both_padded = min(padding, c_in), padding > c_in
+    by_stage = zip(units, strides, strict=True)
+    by_coupling = [s for depth, first in by_stage for s in (first, *[1] * (depth - 1))]
+    for place, stride in enumerate(by_coupling):
+        c_out = c_in * stride**2
+        f = sub_network(
+            (c_in, max(1, c_out // bottleneck), c_out),
+            kernels,
+            stride=stride,
+            dropout=dropout,
+            first=place == 0,
+            padded=padded if place == 0 else 0,
+        )
+        coupling = SwapCoupling(f, stride=stride)
+        if both_padded and place == 1:
+            # It meets channels that are the same for all images. They have no spread either, and
+            # are no zeros: only an input that was kept is free of what batch norm would magnify.
+            coupling.magnifies_rounding = True
+        yield coupling
+        c_in = c_out
 
 
 def sub_network(

@@ -1,0 +1,35 @@
+"""The picture of reconstructions, at a size that tells nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.reconstructions import main
+
+
+@pytest.mark.slow
+def test_it_draws_after_a_single_step_and_exactly_means_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (42, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(42, dtype=np.uint8) % 10
+    data, report = tmp_path / "noise.npz", tmp_path / "report"
+    np.savez(
+        data, x_train=images[:32], y_train=labels[:32], x_test=images[32:], y_test=labels[32:]
+    )
+
+    main(["--data", str(data), "--steps", "1", "--report", str(report)])
+
+    figures = json.loads(report.with_suffix(".json").read_text())["figures"]
+    errors = {name: figure["largest error, of 1"] for name, figure in figures.items()}
+    assert errors["(a), exact"] == errors["(b), exact"] == 0
+    assert 0 < errors["(a), float32"] < 1e-4
+    assert 0 < errors["(b), float32"] < 1e-4
+    assert report.with_suffix(".png").exists()
+
+
+def test_no_steps_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--data", "any.npz", "--steps", "0"])
+
+    assert "--steps must be at least 1; got 0" in capsys.readouterr().err
