@@ -80,6 +80,8 @@ def settle(streams: Streams) -> Streams:
 
 def _settled(x: Tensor) -> Tensor:
     x = _restrided(in_format(x, memory_format(x)))
+    if torch.compiler.is_compiling():  # what is traced is not rebuilt
+        return x
     # Libraries also add in another order where memory does not begin at a boundary of vectors.
     return x.clone() if x.storage_offset() * x.itemsize % ALIGNMENT else x
 
