@@ -19,8 +19,8 @@ def affine_coupling_inverse(
     y: Tensor, h: Tensor, scale: str, clamp: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    factor, log_s = factor_and_log(raw, scale, clamp)
-    x = (y - shift) / factor
+    log_s = log_scale(raw, scale, clamp)
+    x = (y - shift) * (-log_s).exp()
     return x.to(y.dtype), -sum_per_sample(log_s)
 
 
@@ -52,9 +52,9 @@ def affine_coupling_inverse_backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, shift = raw_and_shift(h, interleaved)
-    factor, slope = factor_and_slope(raw, scale, clamp)
-    y = x * factor + shift
-    dy = dx / factor
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    y = x * log_s.exp() + shift
+    dy = dx * (-log_s).exp()
     draw = -(dx * x + per_sample(dlog_det, x)) * slope
     return y.to(x.dtype), dy.to(x.dtype), join(draw, -dy, interleaved).to(h.dtype)
 
