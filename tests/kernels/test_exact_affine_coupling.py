@@ -1,5 +1,7 @@
 """Exact affine coupling as a kernel: bitwise what its definition gives, and undone bit for bit."""
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -251,6 +253,17 @@ def test_flag_says_exactly_when_a_log_scale_is_out_of_range(dtype, direction, de
     assert flag(11.091, scale="exp") and flag(-10.398, scale="exp")
     assert not flag(100.0, scale="tanh", clamp=10.0) and flag(100.0, scale="tanh", clamp=20.0)
     assert flag(torch.inf, scale="tanh", clamp=10.0)
+
+
+def test_flag_is_raised_where_a_product_would_wrap_around_to_zero(device):
+    # 2 is 2**33 steps here, and the divisor 2**31: of their product 64 bits keep nothing.
+    y = torch.zeros(1, 1, dtype=torch.double, device=device)
+    h = torch.tensor([[-15 * math.log(2), 2.0]], dtype=torch.double, device=device)
+    state = torch.full((1, 1), 2**15, device=device)
+
+    _, _, overflow = functional.exact_affine_coupling_inverse(y, h, state, scale="exp", bits=32)
+
+    assert overflow
 
 
 @pytest.mark.slow
