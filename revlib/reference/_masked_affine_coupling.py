@@ -7,6 +7,8 @@ from revlib.reference._affine_coupling import (
     factor_and_log,
     factor_and_slope,
     join,
+    log_scale,
+    log_scale_and_slope,
     per_sample,
     raw_and_shift,
 )
@@ -28,9 +30,9 @@ def masked_affine_coupling_inverse(
 ) -> tuple[Tensor, Tensor]:
     kept = kept_elements(y, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    factor, log_s = factor_and_log(raw, scale, clamp)
-    x = torch.where(kept, y, (y - shift) / factor)
-    return x.to(y.dtype), -sum_per_sample(log_s.masked_fill(kept, 0))
+    log_s = log_scale(raw, scale, clamp).masked_fill(kept, 0)
+    x = torch.where(kept, y, (y - shift) * (-log_s).exp())
+    return x.to(y.dtype), -sum_per_sample(log_s)
 
 
 def masked_affine_coupling_backward(
@@ -68,9 +70,9 @@ def masked_affine_coupling_inverse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = kept_elements(x, mask, flip)
     raw, shift = without_kept(h, kept, interleaved)
-    factor, slope = factor_and_slope(raw, scale, clamp)
-    y = torch.where(kept, x, x * factor + shift)
-    dy = torch.where(kept, dx, dx / factor)
+    log_s, slope = log_scale_and_slope(raw, scale, clamp)
+    y = torch.where(kept, x, x * log_s.exp() + shift)
+    dy = torch.where(kept, dx, dx * (-log_s).exp())
     draw = (-(dx * x + per_sample(dlog_det, x)) * slope).masked_fill(kept, 0)
     dh = join(draw, (-dy).masked_fill(kept, 0), interleaved)
     return y.to(x.dtype), dy.to(x.dtype), dh.to(h.dtype)
