@@ -251,6 +251,17 @@ def with_a_parameter_that_draws() -> nn.Module:
     return net
 
 
+def assert_rebuilt_as_stored(chain: ReversibleSequential, device: torch.device) -> None:
+    x = torch.randn(5, 8, dtype=torch.double, device=device, requires_grad=True)
+    results = []
+    for policy in ("rebuild", "store"):
+        chain.policy = policy
+        chain.zero_grad()
+        x.grad = None
+        results.append(step(chain, (x,)))
+    assert_same(*results)
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
 
@@ -285,14 +296,7 @@ def test_plain_modules_that_were_made_to_draw_draw_the_same_numbers_again(make, 
     torch.manual_seed(0)
     blocks = [AdditiveCoupling(make(), make()) for _ in range(3)]
     chain = ReversibleSequential(*blocks).double().to(device)
-    x = torch.randn(5, 8, dtype=torch.double, device=device, requires_grad=True)
-
-    got = step(chain, (x,))
-    chain.zero_grad()
-    x.grad = None
-    chain.policy = "store"
-
-    assert_same(got, step(chain, (x,)))
+    assert_rebuilt_as_stored(chain, device)
 
 
 def test_a_class_whose_forward_was_replaced_draws_the_same_numbers_again(device, monkeypatch):
@@ -300,14 +304,7 @@ def test_a_class_whose_forward_was_replaced_draws_the_same_numbers_again(device,
     linear = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: linear(self, x * torch.rand_like(x)))
     chain = ReversibleSequential(AdditiveCoupling(plain(), plain())).double().to(device)
-    x = torch.randn(5, 8, dtype=torch.double, device=device, requires_grad=True)
-
-    got = step(chain, (x,))
-    chain.zero_grad()
-    x.grad = None
-    chain.policy = "store"
-
-    assert_same(got, step(chain, (x,)))
+    assert_rebuilt_as_stored(chain, device)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -329,20 +326,12 @@ def test_a_whole_block_after_swaps_sees_channels_last(batch, device):
 def test_a_hook_on_all_modules_draws_the_same_numbers_again(device):
     torch.manual_seed(0)
     chain = ReversibleSequential(AdditiveCoupling(plain(), plain())).double().to(device)
-    x = torch.randn(5, 8, dtype=torch.double, device=device, requires_grad=True)
 
     def noise(module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
         return add_noise(module, args, y) if isinstance(module, nn.Linear) else None
 
-    results = []
     with nn.modules.module.register_module_forward_hook(noise):
-        for policy in ("rebuild", "store"):
-            chain.policy = policy
-            results.append({k: v.clone() for k, v in step(chain, (x,)).items()})
-            chain.zero_grad()
-            x.grad = None
-
-    assert_same(*results)
+        assert_rebuilt_as_stored(chain, device)
 
 
 @every_case
