@@ -9,8 +9,9 @@ RUNS := runs
 # The GPU targets install nothing: without a .venv they use the Python that has torch.
 PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-FAST_PARTS := $(addprefix test-fast-,1 2)
-SLOW_PARTS := $(addprefix test-slow-,1 2)
+# As many processes as there are cores; each takes up to 2 GB.
+PROCESSES ?= logical
+TESTS := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 8 --dist loadgroup
 # The tests compile more than 3,000 variants of the kernels, a number of processes at a time.
 GPU_PARTS := $(addprefix gpu-test-,1 2 3 4 5 6 7 8 9 10 11 12)
 
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test bench bench-flows bench-exact gpu-test gpu-bench gpu $(FAST_PARTS) $(SLOW_PARTS) $(GPU_PARTS)
+.PHONY: help install demo check test bench bench-flows bench-exact gpu-test gpu-bench gpu $(GPU_PARTS)
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -33,16 +34,10 @@ demo: $(INSTALLED) ## train a RevNet beside its ResNet twin, and two flows, on s
 check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a minute
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	@$(MAKE) --no-print-directory --keep-going --jobs --output-sync $(FAST_PARTS)
+	$(TESTS) -m "not slow"
 
-$(FAST_PARTS): test-fast-%:
-	$(BIN)/python -m pytest -m "not slow" --part $*/$(words $(FAST_PARTS))
-
-test: check ## check, then every other test, in two processes
-	@$(MAKE) --no-print-directory --keep-going --jobs --output-sync $(SLOW_PARTS)
-
-$(SLOW_PARTS): test-slow-%:
-	$(BIN)/python -m pytest -m slow --part $*/$(words $(SLOW_PARTS))
+test: check ## check, then every other test
+	$(TESTS) -m slow
 
 bench: $(INSTALLED) ## memory and time of training steps, here and in other libraries
 	@mkdir -p $(RUNS)/bench

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from benchmarks.flow_memory_limit import ROOT, is_out_of_memory, limit_memory
-from benchmarks.reporting import environment
+from benchmarks.reporting import environment, markdown_table
 from revlib.memory import MIB, StepMemory, measure_step
 from revlib.models import IRevNet, create_model
 from revlib.train import load_data
@@ -198,12 +198,11 @@ def measure_deep(name: str, policy: str | None, data: str) -> dict[str, object]:
 
 
 def table(rows: dict[str, dict[str, object]]) -> str:
-    columns = list(next(iter(rows.values())))
-    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
-    for name, row in rows.items():
-        values = [f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()]
-        lines.append([name, *values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [
+        [name, *(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values())]
+        for name, row in rows.items()
+    ]
+    return markdown_table(["", *next(iter(rows.values()))], lines)
 
 
 def write_report(stem: Path, command: str, tables: dict[str, dict]) -> list[Path]:

@@ -265,13 +265,14 @@ class Replay(Evaluate):
         (value,), pullback = self.vjp_streams(lambda x, _: (self(module, *x),), (x,))
         return value, lambda gradient: pullback((gradient,))[0]
 
-    def vjp_weights(self, block: nn.Module) -> tuple[Streams, Callable[[Streams], Streams]]:
+    def vjp_weights(
+        self, block: nn.Module, *, in_closed_form: bool = False
+    ) -> tuple[Streams, Callable[[Streams], Streams]]:
         """Like `vjp`, for `weights(block)`: the function takes a gradient for each of them.
 
-        Where a block knows its gradients in closed form, autograd need not find them. In exact
-        arithmetic it does: gradients are to be those of the stored run to the last bit.
+        In closed form `block.weights_and_pullback` gives the gradients, and not autograd.
         """
-        if self.exact is not None or not getattr(block, "knows_pullback", False):
+        if not in_closed_form:
             return self.vjp_streams(lambda _, evaluate: evaluate.weights(block), ())
         evaluation = self._pending[Method(block, "weights")].pop()
         with torch.no_grad(), self._as_the_first_time(evaluation, ()):

@@ -21,6 +21,9 @@ from benchmarks import demo, demo_flows, twins
 from benchmarks.twins import CONTENDERS, RESNET, REVNET, STORED, TWINS, Comparison, Run
 from benchmarks.twins_report import describe_outcome, result_table
 
+# The demo runs once for all tests.
+pytestmark = pytest.mark.xdist_group("demo")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -17,7 +17,8 @@ from tests.kernels.ahead import TARGETS, Figures, table
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slow
+# One process compiles for all tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ahead")]
 
 
 @pytest.fixture(scope="module")
