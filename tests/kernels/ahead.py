@@ -3,7 +3,7 @@
 Every call is made as users make it, on a CPU, and what its launchers launch is compiled as it
 would be for a launch, and not run: nobody keeps a list of the kernels' arguments.
 
-Run:    python -m tests.kernels.ahead
+Run:    python -m tests.kernels.ahead --instructions
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Figures:
         target: The GPU that it was compiled for.
         hints: Whether the compiler was told which addresses and integers 16 divides.
         registers: Of one thread.
-        instructions: Of one thread, from a listing.
+        instructions: Of one thread, from a listing; 0 if they were not counted.
         spills: What lies in memory for want of registers: bytes of a thread (NVIDIA), or how many
             registers (AMD).
         scalar_spills: Scalar registers whose values lie in vector registers, not in memory (AMD).
@@ -156,7 +156,7 @@ def compiled_launches(target: GPUTarget, hints: bool) -> Iterator[list[Launch]]:
         yield launches
 
 
-def figures_of_call(index: int, dtype: torch.dtype) -> list[Figures]:
+def figures_of_call(index: int, dtype: torch.dtype, count_instructions: bool) -> list[Figures]:
     """Without hints in float32 alone: other dtypes differ in how wide the accesses are."""
     case = CALLS[index]
     forms = Forms(case, case.inputs(BATCH, SIDE, dtype, torch.device("cpu")))
@@ -172,7 +172,7 @@ def figures_of_call(index: int, dtype: torch.dtype) -> list[Figures]:
                     launch.compiled.metadata.name,
                     name,
                     hints,
-                    *code_figures(launch.compiled),
+                    *code_figures(launch.compiled, count_instructions),
                     wide_needed(launch),
                 )
                 for launch in launches
@@ -180,7 +180,7 @@ def figures_of_call(index: int, dtype: torch.dtype) -> list[Figures]:
     return found
 
 
-def code_figures(compiled: CompiledKernel) -> tuple[int, ...]:
+def code_figures(compiled: CompiledKernel, count_instructions: bool) -> tuple[int, ...]:
     """The figures from `registers` to `others`."""
     if compiled.metadata.target.backend == "hip":
         code = compiled.asm["amdgcn"]
@@ -188,15 +188,16 @@ def code_figures(compiled: CompiledKernel) -> tuple[int, ...]:
         names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
         accesses = re.findall(r"\b(?:buffer|global|flat)_(?:load|store)_(\w+)", code)
         registers, spills, scalar_spills = (int(usage[name]) for name in names)
-        instructions = len(
-            re.findall(r"^\s+[sv]_|^\s+(?:buffer|global|flat|ds)_", code, re.MULTILINE)
-        )
+        listed = r"^\s+[sv]_|^\s+(?:buffer|global|flat|ds)_"
+        instructions = len(re.findall(listed, code, re.MULTILINE)) if count_instructions else 0
         return registers, instructions, spills, scalar_spills, *wide_and_others(accesses)
 
     usage = resource_usage(compiled.asm["cubin"])
     accesses = re.findall(r"\b(?:ld|st)\.global\.(\S+)", compiled.asm["ptx"])
-    listing = cuobjdump(compiled.asm["cubin"], "--dump-sass")
-    instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", listing))
+    instructions = 0
+    if count_instructions:
+        listing = cuobjdump(compiled.asm["cubin"], "--dump-sass")
+        instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", listing))
     spills = usage["STACK"] + usage["LOCAL"]
     return usage["REG"], instructions, spills, 0, *wide_and_others(accesses)
 
@@ -225,8 +226,8 @@ def wide_needed(launch: Launch) -> int:
     return sum(nbytes // (16 * n_threads) for nbytes in launch.tensor_bytes)
 
 
-def all_figures() -> list[Figures]:
-    jobs = [(index, dtype) for index in range(len(CALLS)) for dtype in DTYPES]
+def all_figures(count_instructions: bool) -> list[Figures]:
+    jobs = [(index, dtype, count_instructions) for index in range(len(CALLS)) for dtype in DTYPES]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context) as pool:
         found = pool.map(figures_of_call, *zip(*jobs, strict=True))
@@ -246,11 +247,14 @@ def table(rows: Iterable[Figures]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="a file for the figures, instead of a table")
+    parser.add_argument(
+        "--instructions", action="store_true", help="count them, in ten times the time"
+    )
     given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("Triton's interpreter compiles nothing: TRITON_INTERPRET must not be 1")
 
-    found = all_figures()
+    found = all_figures(given.instructions)
     if given.json:
         given.json.write_text(json.dumps([asdict(figures) for figures in found]))
     else:
