@@ -29,7 +29,8 @@ class Guard:
     Attributes:
         chain: What warnings call the chain.
         error: The largest error of the latest backward pass, relative to the largest value, as a
-            tensor on the stream's device; None before there was one.
+            tensor on the stream's device, or the error itself where all values are 0; None
+            before there was one.
     """
 
     def __init__(self) -> None:
@@ -42,14 +43,10 @@ class Guard:
         return type(self), ()  # a copy of a chain has run no backward
 
     def sample(self, streams: Streams, *, starts: bool) -> Tensor | None:
-        """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does.
-
-        It is values at fixed places, and at its end the size of each stream's largest value.
-        """
+        """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does."""
         if not starts or not all(map(has_values, streams)):
             return None
-        sizes = (largest(x).unsqueeze(0) for x in streams)
-        return torch.cat([*(spread(x, len(streams)) for x in streams), *sizes])
+        return torch.cat([spread(x, len(streams)) for x in streams])
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
         """Notes how far a rebuilt input is off.
@@ -60,10 +57,12 @@ class Guard:
             rebuilt: The rebuilt input, in the layout of the original.
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
-        # The sizes at the end count as values: they are off by no more than some value is, and a
-        # value that is not finite makes its whole stream's size so, wherever it is.
-        size = kept[-len(rebuilt) :].abs().amax()
-        error = relative_error(kept, self.sample(rebuilt, starts=True), size)
+        sampled = largest(kept)
+        size = torch.stack([sampled, *map(largest, rebuilt)]).amax()
+        # Zeros come back as rounding errors, whose size means nothing.
+        size = torch.where(sampled == 0, size.clamp(min=1), size)
+        error = largest(self.sample(rebuilt, starts=True) - kept) / size
+        error = error + 0 * size  # NaN where any value is not finite, sampled or not
         self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
         backward_pass = torch._C._current_graph_task_id()
         if self.error is not None and self._backward_pass == backward_pass:
@@ -103,7 +102,8 @@ class Probe(Guard):
         return torch.cat([x.flatten() for x in streams])
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
-        error = relative_error(kept, self.sample(rebuilt, starts=True), largest(kept))
+        size = largest(kept)
+        error = largest(self.sample(rebuilt, starts=True) - kept) / torch.where(size == 0, 1, size)
         self.errors.append((label, error.item(), bound_for(rebuilt, exact=exact)))
 
     def report(self) -> str:
@@ -134,11 +134,9 @@ def spread(x: Tensor, n_streams: int) -> Tensor:
     # of both halves of a pair is as long as one of the whole.
     flat = x.detach().as_strided((x.numel(),), (1,))
     n = max(1, min(POSITIONS // n_streams, len(flat) // SHARE))
-    step = max(1, len(flat) // n)
-    # With a divisor in common with a size, the same rows or columns would be met again and again.
-    while math.gcd(step, len(flat)) > 1:
-        step -= 1
-    return flat[::step][:n]
+    # At random, for whatever is regular leaves out whole columns of some shape.
+    random = torch.Generator(x.device).manual_seed(0)
+    return flat.index_select(0, torch.randint(len(flat), (n,), generator=random, device=x.device))
 
 
 def largest(x: Tensor) -> Tensor:
@@ -150,27 +148,20 @@ def largest(x: Tensor) -> Tensor:
     return torch.maximum(high, -low)
 
 
-def relative_error(true: Tensor, values: Tensor, size: Tensor) -> Tensor:
-    """Returns the largest error, relative to `size`; of zeros it is the error itself."""
-    return largest(values - true) / torch.where(size == 0, 1, size)
-
-
 def bound_for(streams: Streams, *, exact: bool) -> float:
     """Returns the largest error that is no drift: what rounding alone stays below."""
     return 0.0 if exact else 3 * max(torch.finfo(x.dtype).eps for x in streams) ** 0.5
 
 
 def warn(label: str, bound: float, error: float) -> None:
-    if not error <= bound:
-        remedy = (
-            "Build the chain with exact=True, anchor it by policy=revlib.anchored(...), or look"
-        )
-        if bound == 0:
-            remedy = "A block is not as exact as its can_be_exact says: look"
-        remedy += " for the block with chain.find_drift(x)"
-        warnings.warn(
-            f"{label}: what backward rebuilt is off by {error:.1e} of its largest value, and the "
-            f"gradients are off, too. {remedy}",
-            DriftWarning,
-            stacklevel=2,
-        )
+    if error <= bound:
+        return
+    remedy = "Build the chain with exact=True, anchor it by policy=revlib.anchored(...), or look"
+    if bound == 0:
+        remedy = "A block is not as exact as its can_be_exact says: look"
+    remedy += " for the block with chain.find_drift(x)"
+    off = f"off by {error:.1e} of its largest value, and the gradients are off, too"
+    if not math.isfinite(error):
+        remedy = "Look for the block that made it so with chain.find_nonfinite(x)"
+        off = "infinite or NaN somewhere, and so may be the gradients"
+    warnings.warn(f"{label}: what backward rebuilt is {off}. {remedy}", DriftWarning, stacklevel=2)
