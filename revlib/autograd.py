@@ -23,7 +23,7 @@ from revlib.exact import Exact, LayoutFunction, recording, replaying
 from revlib.finite import check_finite, in_anomaly_mode
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
-from revlib.replay import Autocast, autocast_is_on, is_altered, parts_of
+from revlib.replay import Autocast, autocast_is_on, forget_casts, is_altered, parts_of
 from revlib.streams import (
     Form,
     Stream,
@@ -168,6 +168,7 @@ def _run_exactly(
     keeps_all: bool,
 ) -> Outcome:
     exact = Exact.of(streams)
+    forget_casts(streams[0].device)
     legs = [
         leg._replace(rounds=not leg.is_exact and (following is None or following.is_exact))
         for leg, following in zip(legs, [*legs[1:], None], strict=False)
@@ -184,6 +185,7 @@ def _run_exactly(
         tape = Tape(exact, guard, Autocast.current(streams[0].device))
         outcome = _run_rebuilding(legs, streams, entry, context, latents, tape)
     streams, _ = enter(outcome.stream)
+    forget_casts(streams[0].device)
     beside = [t for extra in outcome.extras for t in extra if t is not None]
     leaving = iter(exact.leave((*streams, *beside)))
     streams = exact.narrowed(islice(leaving, len(streams)))
@@ -306,6 +308,8 @@ def _store(
     """Runs a leg under plain autograd, which stores its activations if gradients are on."""
     inner = _form_of(leg, entry)
     streams = settle(convert(streams, form, inner))
+    if exact is not None:
+        forget_casts(streams[0].device)
     with nullcontext() if exact is None else recording(exact, streams, anew=leg.is_anchor):
         outputs = leg((*streams, *latents), Evaluate(context, leg.label, exact))
     if in_anomaly_mode():

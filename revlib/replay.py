@@ -176,6 +176,16 @@ def autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def forget_casts(device: torch.device) -> None:
+    """Has autocast cast weights anew.
+
+    The gradients of all uses of a cast that is kept are summed in half precision. Blocks that are
+    rebuilt cast weights anew, each for itself.
+    """
+    if torch.is_grad_enabled() and autocast_is_on(device):
+        torch.clear_autocast_cache()
+
+
 def autocast_off(device: torch.device) -> AbstractContextManager[None]:
     """Keeps autocast from touching operations on `device`, for a while."""
     return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()

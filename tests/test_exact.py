@@ -100,6 +100,7 @@ def test_gradients_equal_the_stored_runs_bit_for_bit(case, direction, dtype, dev
     [
         "conv-batchnorm",
         "dropout",
+        "tied",
         "irevnet-injective",
         "revnet",
         "flow",
@@ -124,6 +125,21 @@ def test_half_precision_changes_nothing_of_it(name, how, dtype, device):
     assert_equal(got, want)
     # What came in half precision leaves in it; under autocast the stream is float32.
     assert got["y0"].dtype == (dtype if how == "module" else torch.float)
+
+
+def test_weights_of_a_chain_may_be_used_around_it_under_autocast(device):
+    shared = nn.Linear(4, 4)
+    blocks = [AdditiveCoupling(nn.Sequential(shared, nn.Tanh()), mlp(4)) for _ in range(3)]
+    chain = ReversibleSequential(*blocks, exact=True).to(device)
+    x = torch.randn(16, 4, device=device)
+
+    def gradients(policy: str) -> tuple[Tensor, ...]:
+        chain.policy = policy
+        with torch.autocast(device.type, torch.bfloat16):
+            y = chain(shared(x).repeat(1, 2))
+            return torch.autograd.grad(shared(y[:, :4]).square().sum(), shared.parameters())
+
+    assert all(map(torch.equal, gradients("rebuild"), gradients("store")))
 
 
 class Gated(nn.Module):
