@@ -212,7 +212,7 @@ def _run_storing(
 ) -> Outcome:
     form, extras = entry, []
     for leg in legs:
-        taken = take_latents(leg, latents)
+        taken = take_latents(leg.n_latents, latents)
         streams, form, extra = _store(leg, streams, form, entry, context, taken, exact)
         extras.append(extra)
     return Outcome(leave(convert(streams, form, entry)), extras, 0)
@@ -239,7 +239,7 @@ def _run_rebuilding(
     form, extras = entry, []
     previous = None
     for leg, following in zip(legs, [*legs[1:], None], strict=False):
-        taken = take_latents(leg, latents)
+        taken = take_latents(leg.n_latents, latents)
         needs_grad = any(
             t is not None and t.requires_grad for t in (*streams, *taken, context, *leg.parameters)
         )
@@ -280,9 +280,9 @@ def _tied(streams: Streams, extras: list[Extras]) -> tuple[Streams, list[Extras]
     )
 
 
-def take_latents(leg: Leg, latents: list[Tensor]) -> Streams:
-    """Takes what a leg needs beside the stream off the end of `latents`."""
-    rest = len(latents) - leg.n_latents
+def take_latents(n: int, latents: list[Tensor]) -> Streams:
+    """Takes what legs need beside the stream off the end of `latents`."""
+    rest = len(latents) - n
     taken = tuple(latents[rest:])
     del latents[rest:]
     return taken

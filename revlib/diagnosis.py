@@ -21,24 +21,29 @@ def find_nonfinite(
     *,
     exact: bool = False,
 ) -> str:
-    """Runs legs one by one, and says where the first number comes from that is not finite."""
+    """Runs legs, and says where the first number comes from that is not finite."""
     if not is_finite(*(t for t in tree_leaves((x, latents, context)) if t is not None)):
         return "what was put in is not finite"
     latents = list(latents)
     legs = [leg._replace(block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
+    # In an exact chain a block depends on what those before it left in the state, so they run as a
+    # whole, which looks at its streams itself.
+    parts = [legs] if exact else [[leg] for leg in legs]
     with torch.no_grad(), torch.random.fork_rng():
-        for leg in legs:
+        for part in parts:
+            taken = take_latents(sum(leg.n_latents for leg in part), latents)
             try:
-                outcome = run_chain([leg], x, context, take_latents(leg, latents), exact=exact)
+                outcome = run_chain(part, x, context, taken, exact=exact)
             except OverflowError as error:
                 return str(error)
-            x, (extra,) = outcome.stream, outcome.extras
-            log_det, *left = extra or (None,)
-            if log_det is not None and not is_finite(log_det):
-                sample = log_det.isfinite().int().argmin().item()
-                return f"{leg.label} made the log_det of sample {sample} {log_det[sample]}"
-            if not is_finite(*tree_leaves(x), *left):
-                return f"{leg.label} made its result infinite or NaN"
+            x = outcome.stream
+            for leg, extra in zip(part, outcome.extras, strict=True):
+                log_det, *left = extra or (None,)
+                if log_det is not None and not is_finite(log_det):
+                    sample = log_det.isfinite().int().argmin().item()
+                    return f"{leg.label} made the log_det of sample {sample} {log_det[sample]}"
+                if not is_finite(*left, *(tree_leaves(x) if leg is part[-1] else ())):
+                    return f"{leg.label} made its result infinite or NaN"
     largest = max((t.abs().max().item() for t in tree_leaves(x) if t.numel()), default=0.0)
     return f"all blocks are finite; what comes out is up to {largest:.3g}"
 

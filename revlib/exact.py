@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 
 from revlib import functional, reference
 from revlib.dispatch import gradient_is_recorded
-from revlib.grid import BITS, LIMITS
+from revlib.grid import ADDING_LIMIT, BITS, SCALING_LIMIT
 from revlib.streams import Streams, in_order_of, memory_format
 
 # Where a state starts: in the middle of what a scaling draws from it, so that the first rounding
@@ -43,7 +43,7 @@ class Exact:
         borrowed: Whether somebody else holds the state too, so that it must be copied before.
         used: The columns of the state that each scaling used.
         replayed: In backward the columns that the next scalings use, the last one first.
-        labels: Which block each step so far was of.
+        steps: Which block each step so far was of, and whether it scaled.
         first_overflow: Which step was the first to bring a value out of range, in a tensor.
     """
 
@@ -54,7 +54,7 @@ class Exact:
     borrowed: bool = False
     used: list[tuple[int, int]] = field(default_factory=list)
     replayed: list[tuple[int, int]] | None = None
-    labels: list[str] = field(default_factory=list)
+    steps: list[tuple[str, bool]] = field(default_factory=list)
     first_overflow: Tensor | None = None
 
     @classmethod
@@ -78,17 +78,18 @@ class Exact:
         """Brings streams to the nearest points of the grid; gradients pass through."""
         entered = tuple(snap(x, self.dtype, self.bits) for x in streams)
         for x in entered:
-            self.note(label, reference.is_out_of_range(x.detach(), LIMITS[self.dtype]))
+            overflow = reference.is_out_of_range(x.detach(), self._limit(scales=False))
+            self._note(label, overflow)
         return entered
 
     def add(self, x: Tensor, update: Tensor, label: str) -> Tensor:
         y, overflow = functional.exact_additive_coupling(x, update, bits=self.bits)
-        self.note(label, overflow)
+        self._note(label, overflow)
         return y
 
     def subtract(self, y: Tensor, update: Tensor, label: str) -> Tensor:
         x, overflow = functional.exact_additive_coupling_inverse(y, update, bits=self.bits)
-        self.note(label, overflow)
+        self._note(label, overflow)
         return x
 
     def scale(
@@ -105,7 +106,7 @@ class Exact:
         run = getattr(functional, f"{op}_inverse" if inverse else op)
         state = self.slot(x, first=first)
         y, log_det, overflow = run(x, *parameters, state, bits=self.bits, **options)
-        self.note(label, overflow)
+        self._note(label, overflow, scales=True)
         return y, log_det
 
     def scale_backward(
@@ -136,16 +137,6 @@ class Exact:
             self.state = self.state.clone()
         self.borrowed = False
         return self.state[:, start : start + n].view(x.shape)
-
-    def note(self, label: str, overflow: Tensor) -> None:
-        """Notes whether a step brought a value out of range; nothing waits for the device."""
-        if self.replayed is not None:
-            return
-        step = torch.where(overflow, len(self.labels), NEVER)
-        if self.first_overflow is not None:
-            step = torch.minimum(self.first_overflow, step)
-        self.first_overflow = step
-        self.labels.append(label)
 
     def lend(self) -> Tensor | None:
         """Returns the state for somebody to keep."""
@@ -178,15 +169,31 @@ class Exact:
         step = first.item()
         if step == NEVER:
             return
+        label, scales = self.steps[step]
         dtype = str(self.dtype).removeprefix("torch.")
-        lowest, highest = reference.LOG_SCALES
+        needs = f"finite values below {self._limit(scales=scales):g} in its {dtype} stream"
+        remedy = "bound them"
+        if scales:
+            lowest, highest = reference.LOG_SCALES
+            needs += f", log-scales from {lowest:.3f} to {highest:.2f}, and room in its state"
+            remedy += ", give this block policy='recompute' (it then starts with a fresh state)"
         raise OverflowError(
-            f"{self.labels[step]}: an exact chain needs finite values below "
-            f"{LIMITS[self.dtype]:g} in its {dtype} stream, and where it scales log-scales from "
-            f"{lowest:.3f} to {highest:.2f} and room in its state; bound what this block "
-            "computes, give it policy='recompute' (it then starts with a fresh state), or build "
-            "the chain with exact=False"
+            f"{label}: an exact chain needs {needs}; {remedy}, or build the chain with exact=False"
         )
+
+    def _limit(self, *, scales: bool) -> float:
+        limits = SCALING_LIMIT if scales else ADDING_LIMIT
+        return limits[self.dtype] / 2**self.bits
+
+    def _note(self, label: str, overflow: Tensor, *, scales: bool = False) -> None:
+        """Notes whether a step brought a value out of range; nothing waits for the device."""
+        if self.replayed is not None:
+            return
+        step = torch.where(overflow, len(self.steps), NEVER)
+        if self.first_overflow is not None:
+            step = torch.minimum(self.first_overflow, step)
+        self.first_overflow = step
+        self.steps.append((label, scales))
 
     def _fresh(self, x: Tensor, columns: int) -> Tensor:
         return x.new_full((len(x), columns), FRESH_STATE, dtype=torch.long)

@@ -14,6 +14,5 @@ SCALING_LIMIT = {torch.float32: 2**24, torch.float64: 2**46}
 LARGEST_ADDING_BITS = {torch.float32: 23, torch.float64: 52}
 LARGEST_SCALING_BITS = {torch.float32: 23, torch.float64: 32}
 
-# A chain's grid and range, in which all blocks are exact.
+# A chain's grid, in which all blocks are exact.
 BITS = {torch.float32: 12, torch.float64: 32}
-LIMITS = {dtype: SCALING_LIMIT[dtype] / 2**bits for dtype, bits in BITS.items()}

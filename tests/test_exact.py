@@ -503,13 +503,22 @@ def test_a_chain_behind_other_layers_saves_no_more_than_one_that_is_the_first():
 def test_saved_is_the_output_and_where_the_chain_scales_a_state_of_8_bytes_per_element():
     elements = 2 * 2 * 8 * 8
     log_det = 2 * 4
-    sample = 4 * elements // 16  # the drift guard's, with one value beside for each stream
+    sample = 4 * elements // 16  # the drift guard's
 
     _, of_additive = peak_and_saved(deep, 3, 4, "cpu")
     _, of_scaling = peak_and_saved(glow, 3, 2, "cpu")
 
-    assert of_additive == 4 * (2 * elements) + 2 * sample + 2 * 4
-    assert of_scaling == 4 * elements + 8 * elements + log_det + sample + 4
+    assert of_additive == 4 * (2 * elements) + 2 * sample
+    assert of_scaling == 4 * elements + 8 * elements + log_det + sample
+
+
+def test_sums_of_float64_may_go_beyond_what_can_be_scaled():
+    chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(3)), exact=True).double()
+    x = torch.full((3, 8), 20_000.25, dtype=torch.double)
+
+    assert torch.equal(chain.inverse(chain(x)), x)
+    with pytest.raises(OverflowError, match=r"the input of the chain: .* below 2.09715e\+06"):
+        chain(1000 * x)
 
 
 class Louder(nn.Module):

@@ -402,6 +402,19 @@ def test_find_nonfinite_tells_of_a_range_that_was_left():
     )
 
 
+def test_find_nonfinite_tells_of_a_state_that_earlier_layers_filled():
+    layers = [flows.DiagonalScaling((4,)) for _ in range(20)]
+    for layer in layers:
+        nn.init.constant_(layer.log_scale, -3.0)
+    chain = flows.FlowSequential(*layers, exact=True)
+    x = torch.randn(3, 4)
+
+    with pytest.raises(OverflowError, match="room in its state") as raised:
+        chain(x)
+
+    assert chain.find_nonfinite(x) == str(raised.value)
+
+
 def test_in_anomaly_mode_a_gradient_of_a_parameter_that_is_not_finite_names_the_block(device):
     class Root(nn.Module):
         def __init__(self) -> None:
