@@ -7,6 +7,7 @@ and compared with what backward makes of them at the end of the stretch.
 
 import math
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from revlib.streams import Streams
 
-# Of each stretch; of a small stream one in SHARE.
+# At most, of each stretch; of a small stream no more than one in SHARE.
 POSITIONS = 4096
 SHARE = 16
 
@@ -57,12 +58,13 @@ class Guard:
             rebuilt: The rebuilt input, in the layout of the original.
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
+        off = largest(self.sample(rebuilt, starts=True) - kept)
         sampled = largest(kept)
         size = torch.stack([sampled, *map(largest, rebuilt)]).amax()
         # Zeros come back as rounding errors, whose size means nothing.
-        size = torch.where(sampled == 0, size.clamp(min=1), size)
-        error = largest(self.sample(rebuilt, starts=True) - kept) / size
-        error = error + 0 * size  # NaN where any value is not finite, sampled or not
+        size = torch.maximum(size, sampled == 0)
+        # Plus 0 times the size: NaN where any value is not finite, sampled or not.
+        error = torch.add(off / size, size, alpha=0)
         self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
         backward_pass = torch._C._current_graph_task_id()
         if self.error is not None and self._backward_pass == backward_pass:
@@ -125,18 +127,19 @@ class Probe(Guard):
 
 def has_values(x: Tensor) -> bool:
     """Tells whether there are values to look at: not in fake tensors and their like."""
-    return type(x) is Tensor and x.device.type != "meta" and x.numel() > 0
+    return type(x) is Tensor and not x.is_meta and x.numel() > 0
 
 
 def spread(x: Tensor, n_streams: int) -> Tensor:
-    """Returns the values at fixed places all over `x`, which is dense."""
+    """Returns a view of the values at fixed places all over `x`, which is dense."""
     # In the order of memory, which for channels_last is not that of a view of the whole; a sample
     # of both halves of a pair is as long as one of the whole.
-    flat = x.detach().as_strided((x.numel(),), (1,))
-    n = max(1, min(POSITIONS // n_streams, len(flat) // SHARE))
-    # At random, for whatever is regular leaves out whole columns of some shape.
-    random = torch.Generator(x.device).manual_seed(0)
-    return flat.index_select(0, torch.randint(len(flat), (n,), generator=random, device=x.device))
+    size = x.numel()
+    step = max(1, SHARE, math.ceil(size * n_streams / POSITIONS))
+    # With a divisor in common with a size, the same rows or columns would be met again and again.
+    while math.gcd(step, size) > 1:
+        step += 1
+    return x.detach().as_strided((math.ceil(size / step),), (step,))
 
 
 def largest(x: Tensor) -> Tensor:
@@ -150,7 +153,12 @@ def largest(x: Tensor) -> Tensor:
 
 def bound_for(streams: Streams, *, exact: bool) -> float:
     """Returns the largest error that is no drift: what rounding alone stays below."""
-    return 0.0 if exact else 3 * max(torch.finfo(x.dtype).eps for x in streams) ** 0.5
+    return 0.0 if exact else 3 * epsilon(streams[0].dtype) ** 0.5
+
+
+@cache
+def epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def warn(label: str, bound: float, error: float) -> None:

@@ -13,7 +13,7 @@ from revlib.models import RevNet
 BATCH, CHANNELS, SIZE = 2, 8, 8
 STREAM = BATCH * CHANNELS * SIZE * SIZE * 4  # bytes, float32
 HALF = STREAM // 2
-GUARD = STREAM // 16  # the values of the input that the drift guard keeps
+GUARD = STREAM // 16  # at most, for the values of the input that the drift guard keeps
 
 
 def net() -> nn.Module:
@@ -47,11 +47,11 @@ def test_peak_activation_bytes_do_not_grow_with_depth(block, inverse):
 
 @pytest.mark.parametrize("block", [additive, Rotation])
 def test_saved_bytes_are_those_of_the_output_at_any_depth(block):
-    for depth in (1, 5, 16):
-        # The product with the weights saves the weights, which are the caller's, and nothing
-        # of y: it needs no gradient for them.
-        saved = measure(depth, "rebuild", block).saved.activations
-        assert saved == STREAM + GUARD
+    # The product with the weights saves the weights, which are the caller's, and nothing of y: it
+    # needs no gradient for them.
+    (saved,) = {measure(depth, "rebuild", block).saved.activations for depth in (1, 5, 16)}
+
+    assert STREAM < saved <= STREAM + GUARD
 
 
 def test_peak_is_at_most_a_tenth_above_the_streams_and_one_blocks_working_set():
@@ -140,9 +140,11 @@ def test_peak_activation_bytes_of_a_flow_do_not_grow_with_depth(splits, inverse)
 
 @pytest.mark.parametrize("splits", [False, True], ids=["", "multi-scale"])
 def test_saved_bytes_of_a_flow_are_those_of_what_leaves_at_any_depth(splits):
-    for steps in (1, 4, 8):
-        saved = measure_flow(steps, "rebuild", splits=splits).saved
-        assert saved.activations == STREAM + LOG_DET + GUARD
+    (saved,) = {
+        measure_flow(steps, "rebuild", splits=splits).saved.activations for steps in (1, 4, 8)
+    }
+
+    assert STREAM + LOG_DET < saved <= STREAM + LOG_DET + GUARD
 
 
 def test_peak_of_a_flow_is_at_most_a_tenth_above_the_streams_and_one_steps_working_set():

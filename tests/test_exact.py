@@ -503,13 +503,13 @@ def test_a_chain_behind_other_layers_saves_no_more_than_one_that_is_the_first():
 def test_saved_is_the_output_and_where_the_chain_scales_a_state_of_8_bytes_per_element():
     elements = 2 * 2 * 8 * 8
     log_det = 2 * 4
-    sample = 4 * elements // 16  # the drift guard's
+    sample = 4 * elements // 16  # at most, for the drift guard
 
     _, of_additive = peak_and_saved(deep, 3, 4, "cpu")
     _, of_scaling = peak_and_saved(glow, 3, 2, "cpu")
 
-    assert of_additive == 4 * (2 * elements) + 2 * sample
-    assert of_scaling == 4 * elements + 8 * elements + log_det + sample
+    assert 0 < of_additive - 4 * (2 * elements) <= 2 * sample
+    assert 0 < of_scaling - (4 * elements + 8 * elements + log_det) <= sample
 
 
 def test_sums_of_float64_may_go_beyond_what_can_be_scaled():

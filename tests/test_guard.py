@@ -217,9 +217,9 @@ def test_a_sample_meets_every_row_of_every_dimension(shape, dense):
 
     values = spread(x.contiguous(memory_format=dense) if len(shape) > 2 else x, 1)
 
-    assert len(values) == min(4096, x.numel() // 16)
+    assert min(4096, x.numel() / 16) / 1.4 < len(values) <= min(4096, math.ceil(x.numel() / 16))
     for size, place in zip(shape, torch.unravel_index(values, shape), strict=True):
-        assert len(place.unique()) == size or 8 * size > len(values)
+        assert len(place.unique()) == size or 2 * size > len(values)
 
 
 def test_the_places_of_a_sample_are_fixed():
