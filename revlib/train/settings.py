@@ -93,9 +93,7 @@ class Settings:
     picture_every: int | None = None
 
     def __post_init__(self) -> None:
-        own: dict[str, object] = dict(
-            FLOW_DEFAULTS if self.model in FLOWS else CLASSIFIER_DEFAULTS
-        )
+        own = dict(FLOW_DEFAULTS if self.model in FLOWS else CLASSIFIER_DEFAULTS)
         if self.model in REVERSIBLE:
             own |= {"policy": "rebuild", "exact": self.model.startswith("irevnet")}
         for name, value in own.items():
