@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revlib import DriftWarning, SwapCoupling
+from revlib import DriftWarning, SwapCoupling, anchored
 from revlib.memory import measure_step
 from revlib.models import (
     IRevNet,
@@ -121,12 +121,30 @@ def test_the_block_that_would_magnify_rounding_stays_recomputed():
     trunk.policy = "rebuild"
 
     assert trunk.policies()[place] == "recompute"
-    with pytest.raises(
-        ValueError, match=r"block 1 \(SwapCoupling\) magnifies rounding errors; give"
-    ):
-        trunk.policy = ["rebuild"] * len(trunk)
+    trunk.policy = ["rebuild"] * len(trunk)
+    assert trunk.policies()[place] == "recompute"
     trunk.exact = True
     assert set(trunk.policies()) == {"rebuild"}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_network_can_be_anchored(exact):
+    model = tiny("a", depth=8, exact=exact)
+
+    model.policy = anchored(len(model.trunk), every=8)
+    F.cross_entropy(model(torch.randn(2, 3, 8, 8)), torch.arange(2)).backward()
+
+    anchors = [i for i, policy in enumerate(model.trunk.policies()) if policy == "recompute"]
+    assert anchors == ([8, 16] if exact else [2, 8, 16])
+
+
+def test_errors_tell_the_place_of_a_block_in_lists_of_policies():
+    model = tiny("a")
+    with pytest.raises(ValueError, match=r"got 'bad' for block 1 at index 2 \(SwapCoupling\)$"):
+        model.policy = ["rebuild", "rebuild", "bad", *["rebuild"] * 2]
+    model.trunk[2].f = nn.Sequential(nn.Flatten())
+    with pytest.raises(ValueError, match=r"^block 1 at index 2 \(SwapCoupling\): "):
+        model(torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize(("padding", "kept"), [(11, False), (12, False), (14, True)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from revlib import AdditiveCoupling
+from revlib import AdditiveCoupling, anchored
 from revlib.models import ResNet, RevNet, create_model, model_names
 from revlib.models.revnet import Transition
 
@@ -150,6 +150,16 @@ def test_a_policy_by_block_is_one_of_the_couplings_and_transitions():
 
     assert model.trunk.policies() == policies
     assert model.head.policies() == ["recompute", "store"]
+
+
+def test_a_network_can_be_anchored_and_its_transitions_stay_recomputed():
+    model = create_model("revnet38", policy=anchored(9, every=4))
+
+    assert [i for i, policy in enumerate(model.policy) if policy == "recompute"] == [3, 4, 6, 8]
+    with pytest.raises(ValueError, match="one entry per block; got 8 for 9 blocks"):
+        model.policy = anchored(8, every=4)
+    with pytest.raises(TypeError, match="policy must be a name or a list of names; got None"):
+        model.policy = None
 
 
 def test_unknown_policy_raises():
