@@ -611,6 +611,7 @@ def test_an_odd_number_of_channels_raises():
         ({"squeeze": -2}, "squeeze must be a whole number of at least 1; got -2"),
         ({"squeeze": "2"}, "squeeze must be a whole number of at least 1; got '2'"),
         ({"num_classes": 0}, "num_classes must be a whole number of at least 1; got 0"),
+        ({"num_classes": True}, "num_classes must be a whole number of at least 1; got True"),
         ({"bottleneck": 0}, "bottleneck must be a whole number of at least 1; got 0"),
         ({"units": (0, 2)}, r"units must be whole numbers above 0.*; got \(0, 2\)"),
         ({"units": (), "strides": ()}, r"units must be whole numbers above 0.*; got \(\)"),
@@ -654,5 +655,7 @@ def test_images_and_features_of_another_shape_raise():
 
     with pytest.raises(ValueError, match=r"x must be \[batch, 3, 8, 8\]; got \[2, 3, 16, 16\]"):
         model(torch.zeros(2, 3, 16, 16))
+    with pytest.raises(TypeError, match=r"^x must be a tensor; got list$"):
+        model([1])
     with pytest.raises(ValueError, match=r"features must be \[batch, 48, 2, 2\]; got \[2, 12, 4"):
         model.inverse(torch.zeros(2, 12, 4, 4))

@@ -1,6 +1,7 @@
 """The classifiers: the paper's sizes, twins that match, and training that equals the stored."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -167,9 +168,11 @@ def test_unknown_policy_raises():
         RevNet(**TINY, policy="bad")
 
 
-def test_unknown_name_raises():
-    with pytest.raises(ValueError, match=r"name must be one of resnet32, .*; got 'revnet39'"):
-        create_model("revnet39")
+@pytest.mark.parametrize("name", ["revnet39", ["revnet38"], None])
+def test_unknown_name_raises(name):
+    got = re.escape(repr(name))
+    with pytest.raises(ValueError, match=f"name must be one of resnet32, .*; got {got}$"):
+        create_model(name)
 
 
 def test_odd_width_raises():
@@ -202,6 +205,31 @@ def test_stages_without_blocks_or_channels_raise(model, units, widths):
 
 @pytest.mark.parametrize("model", [ResNet, RevNet])
 @pytest.mark.parametrize("option", ["num_classes", "in_channels"])
-def test_no_classes_or_channels_raise(model, option):
-    with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1; got 0"):
-        model(**TINY, **{option: 0})
+@pytest.mark.parametrize("value", [0, True])
+def test_no_classes_or_channels_raise(model, option, value):
+    message = f"{option} must be a whole number of at least 1; got {value}"
+    with pytest.raises(ValueError, match=message):
+        model(**TINY, **{option: value})
+
+
+@pytest.mark.parametrize("name", ["resnet32", "revnet38", "irevnet34"])
+@pytest.mark.parametrize("dropout", [-1, -3.0, 1, 1.5, float("nan"), "0.1", None, True])
+def test_dropout_that_is_no_share_raises(name, dropout):
+    message = f"dropout must be a number of at least 0 and below 1; got {dropout!r}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        create_model(name, dropout=dropout)
+
+
+@pytest.mark.parametrize("model", [ResNet, RevNet])
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_weights_trained_with_dropout_load_without(model, bottleneck):
+    dropping = model(**TINY, bottleneck=bottleneck, dropout=0.2)
+    plain = model(**TINY, bottleneck=bottleneck)
+    x = torch.randn(2, 3, 8, 8)
+
+    plain.load_state_dict(dropping.state_dict())
+
+    assert torch.equal(plain.eval()(x), dropping.eval()(x))
+    last = [*plain.trunk[0].f.named_children()][-1][0]
+    assert [*plain.trunk[0].f._modules] == [str(i) for i in range(int(last) + 1)]
+    assert [*dropping.trunk[0].f._modules][-2:] == ["dropout", last]

@@ -200,6 +200,6 @@ def create_model(name: str, **options: Any) -> nn.Module:
         >>> sum(p.numel() for p in model.parameters())
         475028
     """
-    if name not in _BUILDERS:
+    if name not in model_names():
         raise ValueError(f"name must be one of {', '.join(_BUILDERS)}; got {name!r}")
     return _BUILDERS[name](**options)

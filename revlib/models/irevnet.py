@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import SwapCoupling
-from revlib.models.checks import check_at_least, check_counts, check_image_shape, check_sample
+from revlib.models.checks import (
+    check_at_least,
+    check_counts,
+    check_dropout,
+    check_image_shape,
+    check_sample,
+)
 from revlib.models.residual import head
 from revlib.rearranging import PadChannels, Squeeze
 from revlib.sequential import ReversibleSequential
@@ -104,6 +110,7 @@ class IRevNet(nn.Module):
         self.image_shape = check_image_shape(image_shape)
         check_at_least(1, squeeze=squeeze, bottleneck=bottleneck, num_classes=num_classes)
         check_at_least(0, padding=padding)
+        check_dropout(dropout)
         if len(units) != len(strides):
             raise ValueError(
                 f"strides must have one entry per stage; got {len(strides)} for {len(units)}"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import AdditiveCoupling
-from revlib.models.checks import check_at_least
+from revlib.models.checks import check_at_least, check_dropout
 from revlib.models.residual import (
     block_shapes,
     check_stages,
@@ -93,6 +93,7 @@ class RevNet(nn.Module):
         super().__init__()
         units, widths = check_stages(units, widths)
         check_at_least(1, num_classes=num_classes, in_channels=in_channels)
+        check_dropout(dropout)
         if any(width % 2 for width in widths):
             raise ValueError(f"widths must be even, to be split in halves; got {widths}")
         self.stem = stem(in_channels, widths[0], large_images=large_images)
