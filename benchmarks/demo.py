@@ -2,7 +2,7 @@
 
 Run:    make demo
 
-Takes about two minutes on two cores. The digits are the 1,797 that scikit-learn ships.
+Takes two to two and a half minutes on two cores. The digits are the 1,797 that scikit-learn ships.
 """
 
 import os

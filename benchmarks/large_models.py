@@ -2,15 +2,17 @@
 
 Run:    python -m benchmarks.large_models --data cifar10.npz
 
-Three questions, in some minutes on a CPU. What a training step on images of 224 x 224 keeps: asked
+Four questions, in some minutes on a CPU. What a training step on images of 224 x 224 keeps: asked
 of fake tensors, which have shapes and no memory, for a step of 32 images is too much for most
 CPUs; a real step of 2 images beside it shows that the figures are those of real tensors. How
-what an i-RevNet keeps depends on its depth. And whether networks of 1001 layers can be trained
-where memory is short: each trains in a process that the system refuses more than the allowance.
+what an i-RevNet keeps depends on its depth. How far the gradients of its first steps are off,
+exact and not. And whether networks of 1001 layers can be trained where memory is short: each
+trains in a process that the system refuses more than the allowance.
 The file holds images of 32 x 32 as Keras writes them.
 """
 
 import argparse
+import copy
 import json
 import math
 import shlex
@@ -23,7 +25,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -53,9 +55,18 @@ PUBLISHED = {
     "i-RevNet (b), paper": ("29", "irevnet_b", {"kernels": (1, 3, 1)}),
     "i-RevNet (a), paper": ("181", "irevnet_a", {}),
 }
-# The i-RevNets of the table by depth, on images squeezed by 4: what makes them of each kind.
-KINDS = {"bijective": {}, "injective": {"padding": 48}}
+# The i-RevNets of the table by depth: what makes them of each kind. The last is padded as
+# `irevnet_a` pads images of CIFAR-10.
+KINDS = {
+    "bijective": {"image_shape": (3, SIDE, SIDE), "squeeze": 4},
+    "injective": {"image_shape": (3, SIDE, SIDE), "squeeze": 4, "padding": 48},
+    "padded from 3 to 32": {"image_shape": (3, 32, 32), "padding": 29},
+}
 DEPTHS = (2, 8, 72)
+# How the table by depth has each of them: one stored and two rebuilt, of which one is not exact.
+WAYS = {"store": {"policy": "store"}, "rebuild": {}, "rebuild, floats": {"exact": False}}
+# Of the i-RevNets whose gradients are compared: images a step, and steps.
+GRADIENT_BATCH, GRADIENT_STEPS = 16, 3
 DEEP = [("resnet1001", None), ("revnet1001", "store"), ("revnet1001", "rebuild")]
 # Of the deep ones: images a step, steps an epoch, epochs, and the MiB that training may take.
 DEEP_BATCH, STEPS, EPOCHS, ALLOWANCE = 16, 4, 6, 1024
@@ -64,7 +75,7 @@ NOTE = f"""\
 Peak activations are the most that one training step has alive at once beside images, parameters,
 gradients and optimizer state; kept is what it keeps for backward. Those of {BATCH} images are
 *not of a real run*: they are counted on fake tensors, which hold no values. The columns of
-{REAL_BATCH} images hold that against real tensors."""
+{REAL_BATCH} images hold that against real tensors. i-RevNets are exact here, as by default."""
 
 PARAMETERS_NOTE = """\
 The authors published no code for the i-RevNet (a) of their paper: what that leaves open of its
@@ -77,9 +88,19 @@ al., 2018, https://arxiv.org/abs/1802.07088 and https://github.com/jhjacobsen/py
 
 DEPTH_NOTE = f"""\
 MiB kept of {BATCH} images, on fake tensors: the stream is one tensor of the features' size, and
-`model(x)` with its loss keeps that and little more. (Where the image is padded with more channels
-than it has, which none is here, and the network is not exact, it keeps the input of the second
-coupling beside it.) The authors' own code keeps every activation, as "store" does."""
+`model(x)` with its loss keeps that and little more. Where the image is padded with more channels
+than it has, as in the last rows, that is the padded one; a network that is not exact keeps the
+input of the second coupling beside it there. The last rows are of images of 32 x 32, the others
+of {SIDE} x {SIDE}. The authors' own code keeps every activation, as "store" does."""
+
+GRADIENTS_NOTE = f"""\
+The relative error of all gradients together, the largest of the first {GRADIENT_STEPS} steps of
+{GRADIENT_BATCH} normalised images of CIFAR-10. Networks as young as these magnify rounding of any
+kind. What a network of floats rebuilds is off by float32's, so its gradients are not quite those
+of the activations that it computed. An exact network's are, to the last bit; but it rounds these
+activations to multiples of 2**-12, and float32 is finer, so they are further from float64's. Under
+bfloat16 autocast sub-networks round more coarsely than that, and stored gradients of both are as
+far off."""
 
 
 def label(name: str, policy: str | None) -> str:
@@ -133,13 +154,50 @@ def measure_depths(kind: str, **options: object) -> dict[str, float]:
 
         def make(depth: int = depth) -> nn.Module:
             units = (depth // 2, depth // 2)
-            shape = (3, SIDE, SIDE)
-            return IRevNet(units, (1, 2), image_shape=shape, squeeze=4, **KINDS[kind], **options)
+            return IRevNet(units, (1, 2), **KINDS[kind], **options)
 
         row["stream"] = 4 * BATCH * math.prod(make().feature_shape) / MIB
-        memory = step_memory(make, BATCH, SIDE, fake=True)
+        memory = step_memory(make, BATCH, KINDS[kind]["image_shape"][1], fake=True)
         row[f"{depth} couplings"] = memory.saved.activations / MIB
     return row
+
+
+def gradient(model: nn.Module, x: Tensor, y: Tensor, *, bf16: bool = False) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = F.cross_entropy(model(x), y)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([g.flatten().double() for g in gradients])
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def measure_gradients(name: str, data: str, **options: object) -> dict[str, float]:
+    """Trains for a moment, and compares each step with the same one stored, and in float64."""
+    images = load_data(data)
+    mean, std = images.mean[:, None, None], images.std[:, None, None]
+    model = build(name, None, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    worst: dict[str, float] = {}
+    for i in range(GRADIENT_STEPS):
+        part = slice(i * GRADIENT_BATCH, (i + 1) * GRADIENT_BATCH)
+        x, y = (images.x_train[part] - mean) / std, images.y_train[part]
+        stored = copy.deepcopy(model)
+        stored.policy = "store"
+        true = gradient(copy.deepcopy(stored).double(), x.double(), y)
+        errors = {}
+        for precision, bf16 in (("float32", False), ("bf16 autocast", True)):
+            of_stored, rebuilt = (
+                gradient(copy.deepcopy(each), x, y, bf16=bf16) for each in (stored, model)
+            )
+            errors[f"{precision}: rebuilt from stored"] = relative_error(rebuilt, of_stored)
+            errors[f"{precision}: stored from float64"] = relative_error(of_stored, true)
+        worst = {key: max(error, worst.get(key, 0.0)) for key, error in errors.items()}
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return worst
 
 
 def train(name: str, policy: str | None, data: str) -> dict[str, object]:
@@ -197,9 +255,9 @@ def measure_deep(name: str, policy: str | None, data: str) -> dict[str, object]:
     }
 
 
-def table(rows: dict[str, dict[str, object]]) -> str:
+def table(rows: dict[str, dict[str, object]], form: str = ",.2f") -> str:
     lines = [
-        [name, *(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values())]
+        [name, *(format(v, form) if isinstance(v, float) else str(v) for v in row.values())]
         for name, row in rows.items()
     ]
     return markdown_table(["", *next(iter(rows.values()))], lines)
@@ -218,6 +276,9 @@ def write_report(stem: Path, command: str, tables: dict[str, dict]) -> list[Path
         "## i-RevNets by depth",
         table(tables["depths"]),
         DEPTH_NOTE,
+        "## i-RevNets at the start of training: how far gradients are off",
+        table(tables["gradients"], ".1e"),
+        GRADIENTS_NOTE,
         f"## 1001 layers: {EPOCHS} epochs of {STEPS} steps of {DEEP_BATCH} images",
         table(tables["deep"]),
         "Each trains in a process of its own. Once that has its libraries, data and weights, the "
@@ -250,11 +311,14 @@ def main(arguments: Sequence[str]) -> None:
         "large": {label(*each): measure_large(*each) for each in LARGE},
         "parameters": {name: count_parameters(*each) for name, each in PUBLISHED.items()},
         "depths": {
-            "bijective, store": measure_depths("bijective", policy="store"),
-            "bijective, rebuild": measure_depths("bijective"),
-            "injective, store": measure_depths("injective", policy="store"),
-            "injective, rebuild": measure_depths("injective"),
-            "injective, rebuild, exact": measure_depths("injective", exact=True),
+            f"{kind}, {way}": measure_depths(kind, **options)
+            for kind in KINDS
+            for way, options in WAYS.items()
+        },
+        "gradients": {
+            f"{name}, {'exact' if exact else 'floats'}": measure_gradients(name, data, exact=exact)
+            for name in ("irevnet_a", "irevnet_b")
+            for exact in (False, True)
         },
         "deep": {label(*each): measure_deep(*each, data) for each in DEEP},
     }

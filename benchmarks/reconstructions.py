@@ -26,7 +26,7 @@ from benchmarks.twins_report import INK
 from revlib.models import irevnet_a, irevnet_b
 from revlib.train import Images, load_data
 
-SHOWN, BATCH = 10, 32
+SHOWN, BATCH, STEPS = 10, 32, 12
 BUILDERS = {"(a)": irevnet_a, "(b)": irevnet_b}
 GRID = 2.0**-12
 COARSEST = 8  # what (b) divides height and width by
@@ -86,7 +86,7 @@ def draw(rows: dict[str, Tensor]) -> Figure:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="the .npz file")
-    parser.add_argument("--steps", type=int, default=32, help=f"of {BATCH} images each")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} images each")
     parser.add_argument("--report", type=Path, default=Path("runs/reconstructions"))
     options = parser.parse_args(arguments)
     if options.steps < 1:

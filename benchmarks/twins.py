@@ -227,8 +227,8 @@ def train_all(
     for contender, seed in plan:
         out = settings.out / f"{contender.name}-seed{seed}"
         result = train(
-            # None leaves each model what it has by default: a ResNet has no policy.
-            replace(settings, model=contender.name, policy=None, seed=seed, out=out),
+            # None leaves each model what it has by default: a ResNet has neither.
+            replace(settings, model=contender.name, policy=None, exact=None, seed=seed, out=out),
             resume=os.path.lexists(out / "latest"),
             on_progress=show,
         )

@@ -8,6 +8,7 @@ def anchored(depth: int, *, every: int) -> list[Policy]:
 
     That one is recomputed, from its input, which is kept. So a rebuilt stream is never more than
     `every` blocks away from values that are exact, at the price of one stream for every anchor.
+    It is a plain list to edit: a block without a cheap inverse needs "store" or "recompute".
 
     Args:
         depth: The number of blocks.

@@ -30,7 +30,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         *blocks: The blocks, or one `OrderedDict` of named blocks. See
             :class:`revlib.InvertibleModule` for writing your own.
         policy: How backward gets a block's activations back, for all blocks or as a list
-            with one entry per block. "rebuild" inverts the block and keeps nothing. "store"
+            with one entry per block. "rebuild" inverts the block and keeps nothing; a block
+            whose inverse would lose too much is recomputed, and `policies()` tells. "store"
             keeps all its activations, as plain autograd does. "recompute" keeps the block's
             input and runs it forward again. The last two also take any other module, and a
             recomputed block's exact input stops rounding errors from adding up beyond it.
@@ -233,8 +234,10 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                 f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
             )
         return [
-            self._policy_in_force(name, block, policy, asked_for=by_block)
-            for (name, block), policy in zip(self._modules.items(), named, strict=True)
+            self._policy_in_force(called(name, index), block, policy, asked_for=by_block)
+            for index, ((name, block), policy) in enumerate(
+                zip(self._modules.items(), named, strict=True)
+            )
         ]
 
     def _policy_in_force(
@@ -258,18 +261,16 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         if self._runs_inline(block):
             return policy
         if not block.cheap_inverse:
-            other, reason = "store", "has no cheap inverse to rebuild by"
-        elif self.exact and not block.can_be_exact:
-            other, reason = "recompute", "cannot be rebuilt exactly"
-        elif block.magnifies_rounding and not self.exact:
-            other, reason = "recompute", "magnifies rounding errors"
-        elif isinstance(block, ReversibleSequential) and block.exact:
-            other, reason = "recompute", "rounds its input, which its inverse does not give back"
-        else:
-            return policy
-        if asked_for:
-            raise ValueError(f"{label} {reason}; give it policy 'store' or 'recompute'")
-        return other
+            if asked_for:
+                raise ValueError(
+                    f"{label} has no cheap inverse to rebuild by; give it policy 'store' or "
+                    "'recompute'"
+                )
+            return "store"
+        # What an exact chain among the blocks rounds of its input, its inverse does not give back.
+        rounds_input = isinstance(block, ReversibleSequential) and block.exact
+        loses = not block.can_be_exact if self.exact else block.magnifies_rounding or rounds_input
+        return "recompute" if loses else policy
 
     def _check_contract(self, label: str, block: nn.Module) -> None:
         """Refuses a block whose log_det would be lost."""
@@ -299,7 +300,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     def _legs(self, prefix: str = "", *, inverse: bool = False, store: bool = False) -> list[Leg]:
         """Returns the chain's legs first to last, with those of chains among its blocks."""
         legs = []
-        for (name, block), policy in zip(self._modules.items(), self.policies(), strict=True):
+        blocks = zip(self._modules.items(), self.policies(), strict=True)
+        for index, ((name, block), policy) in enumerate(blocks):
             is_anchor = policy == "recompute"
             runs_inline = self._runs_inline(block)
             cannot_rebuild = inverse and policy == "rebuild" and not block.cheap_forward
@@ -308,7 +310,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             if policy != "recompute" and runs_inline:
                 legs += block._legs(f"{prefix}{name}.", inverse=inverse, store=policy == "store")
                 continue
-            leg = make_leg(block, prefix + name, policy, is_anchor=is_anchor, inverse=inverse)
+            path = prefix + called(name, index)
+            leg = make_leg(block, path, policy, is_anchor=is_anchor, inverse=inverse)
             if self.exact and leg.policy == "rebuild" and not leg.is_exact:
                 leg = leg._replace(policy="recompute")  # called whole, for it carries hooks
             legs.append(leg)
@@ -334,3 +337,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
                     f"module {name} inside a ReversibleSequential is sharded by fully_shard, "
                     "which would leave its gradients None; apply fully_shard to the whole chain"
                 )
+
+
+def called(name: str, index: int) -> str:
+    """Returns what errors call a block: by its name, and by its index where that is another."""
+    return name if name == str(index) else f"{name} at index {index}"

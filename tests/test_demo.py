@@ -20,6 +20,8 @@ import revlib
 from benchmarks import demo, demo_flows, twins
 from benchmarks.twins import CONTENDERS, RESNET, REVNET, STORED, TWINS, Comparison, Run
 from benchmarks.twins_report import describe_outcome, result_table
+from revlib.train import Settings
+from revlib.train.classification import Classification
 
 # The demo runs once for all tests.
 pytestmark = pytest.mark.xdist_group("demo")
@@ -51,6 +53,24 @@ def test_twins_are_the_models_that_are_trained():
         trained = revlib.models.create_model(contender.name)
 
         assert str(contender.build(images)) == str(trained)
+
+
+def test_each_is_trained_as_it_is_by_default(tmp_path, monkeypatch):
+    trained = {}
+
+    def train(settings, **_):
+        trained[settings.model] = Classification(settings).build_model()
+        settings.out.mkdir()
+        (settings.out / "metrics.jsonl").write_text('{"test_accuracy": 0.5}\n')
+        return SimpleNamespace(seconds=1.0)
+
+    monkeypatch.setattr(twins, "train", train)
+    settings = Settings(data="digits", out=tmp_path)
+    twins.train_all(settings, range(1), twins.progress_bars(Console(quiet=True)), CONTENDERS)
+
+    for name, model in trained.items():
+        digits = {"image_shape": (1, 8, 8)} if name == "irevnet34" else {"in_channels": 1}
+        assert str(model) == str(revlib.models.create_model(name, **digits))
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """The classifiers: the paper's sizes, twins that match, and training that equals the stored."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from revlib import AdditiveCoupling
+from revlib import AdditiveCoupling, anchored
 from revlib.models import ResNet, RevNet, create_model, model_names
 from revlib.models.revnet import Transition
 
@@ -152,14 +153,26 @@ def test_a_policy_by_block_is_one_of_the_couplings_and_transitions():
     assert model.head.policies() == ["recompute", "store"]
 
 
+def test_a_network_can_be_anchored_and_its_transitions_stay_recomputed():
+    model = create_model("revnet38", policy=anchored(9, every=4))
+
+    assert [i for i, policy in enumerate(model.policy) if policy == "recompute"] == [3, 4, 6, 8]
+    with pytest.raises(ValueError, match="one entry per block; got 8 for 9 blocks"):
+        model.policy = anchored(8, every=4)
+    with pytest.raises(TypeError, match="policy must be a name or a list of names; got None"):
+        model.policy = None
+
+
 def test_unknown_policy_raises():
     with pytest.raises(ValueError, match=r"policy must be one of .*; got 'bad'"):
         RevNet(**TINY, policy="bad")
 
 
-def test_unknown_name_raises():
-    with pytest.raises(ValueError, match=r"name must be one of resnet32, .*; got 'revnet39'"):
-        create_model("revnet39")
+@pytest.mark.parametrize("name", ["revnet39", ["revnet38"], None])
+def test_unknown_name_raises(name):
+    got = re.escape(repr(name))
+    with pytest.raises(ValueError, match=f"name must be one of resnet32, .*; got {got}$"):
+        create_model(name)
 
 
 def test_odd_width_raises():
@@ -192,6 +205,31 @@ def test_stages_without_blocks_or_channels_raise(model, units, widths):
 
 @pytest.mark.parametrize("model", [ResNet, RevNet])
 @pytest.mark.parametrize("option", ["num_classes", "in_channels"])
-def test_no_classes_or_channels_raise(model, option):
-    with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1; got 0"):
-        model(**TINY, **{option: 0})
+@pytest.mark.parametrize("value", [0, True])
+def test_no_classes_or_channels_raise(model, option, value):
+    message = f"{option} must be a whole number of at least 1; got {value}"
+    with pytest.raises(ValueError, match=message):
+        model(**TINY, **{option: value})
+
+
+@pytest.mark.parametrize("name", ["resnet32", "revnet38", "irevnet34"])
+@pytest.mark.parametrize("dropout", [-1, -3.0, 1, 1.5, float("nan"), "0.1", None, True])
+def test_dropout_that_is_no_share_raises(name, dropout):
+    message = f"dropout must be a number of at least 0 and below 1; got {dropout!r}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        create_model(name, dropout=dropout)
+
+
+@pytest.mark.parametrize("model", [ResNet, RevNet])
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_weights_trained_with_dropout_load_without(model, bottleneck):
+    dropping = model(**TINY, bottleneck=bottleneck, dropout=0.2)
+    plain = model(**TINY, bottleneck=bottleneck)
+    x = torch.randn(2, 3, 8, 8)
+
+    plain.load_state_dict(dropping.state_dict())
+
+    assert torch.equal(plain.eval()(x), dropping.eval()(x))
+    last = [*plain.trunk[0].f.named_children()][-1][0]
+    assert [*plain.trunk[0].f._modules] == [str(i) for i in range(int(last) + 1)]
+    assert [*dropping.trunk[0].f._modules][-2:] == ["dropout", last]

@@ -1,11 +1,15 @@
 """The picture of reconstructions, at a size that tells nothing."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.reconstructions import main
+from benchmarks.reconstructions import STEPS, main
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "reconstructions.json"
 
 
 @pytest.mark.slow
@@ -33,3 +37,10 @@ def test_no_steps_are_refused(capsys):
         main(["--data", "any.npz", "--steps", "0"])
 
     assert "--steps must be at least 1; got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # the results do not go where the tests of the installed package run
+def test_the_bare_command_takes_as_many_steps_as_the_committed_picture():
+    command = json.loads(RESULTS.read_text())["made_by"]["command"]
+
+    assert re.findall(r"--steps (\d+)", command) in ([], [str(STEPS)])

@@ -3,7 +3,8 @@
 The sizes of RevNets are those of table 1 of their paper (Gomez et al., 2017,
 https://arxiv.org/abs/1707.04585): each has about the parameters of its ResNet twin. Parameters
 are counted with 10 classes, or for ImageNet with its 1000. Every builder takes the keyword
-arguments of its class. For training i-RevNets under bfloat16 autocast that is `exact=True`.
+arguments of its class. i-RevNets are exact unless built with `exact=False`, RevNets if built with
+`exact=True`.
 """
 
 from typing import Any
@@ -199,6 +200,6 @@ def create_model(name: str, **options: Any) -> nn.Module:
         >>> sum(p.numel() for p in model.parameters())
         475028
     """
-    if name not in _BUILDERS:
+    if name not in model_names():
         raise ValueError(f"name must be one of {', '.join(_BUILDERS)}; got {name!r}")
     return _BUILDERS[name](**options)

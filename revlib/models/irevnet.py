@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import SwapCoupling
-from revlib.models.checks import check_at_least, check_counts, check_image_shape, check_sample
+from revlib.models.checks import (
+    check_at_least,
+    check_counts,
+    check_dropout,
+    check_image_shape,
+    check_sample,
+)
 from revlib.models.residual import head
 from revlib.rearranging import PadChannels, Squeeze
 from revlib.sequential import ReversibleSequential
@@ -34,14 +40,14 @@ class IRevNet(nn.Module):
     The image is squeezed, padded with channels of zeros where the network is to be wider, and
     split in two streams; couplings do the rest, and where they stride both streams are squeezed.
     So a training step keeps the features, which the head is recomputed from, and no activation
-    that grows with depth; where the image is padded with more channels than it has and the trunk
-    is not exact, it also keeps the input of the second coupling. (The published code keeps
-    every activation.)
+    that grows with depth. (The published code keeps every activation.)
 
-    Train it on normalised images. In the first steps of training the gradients that are rebuilt
-    in float32 may be some per cent off from the stored run's, most so those of a padded network;
-    on raw pixels, and now and then on others, a :class:`revlib.DriftWarning` tells. Under autocast
-    to bfloat16 most of them are noise, padded or not. `exact=True` is the remedy of both.
+    The trunk is exact unless told otherwise: images come back bit for bit, and gradients are those
+    of the stored run. With `exact=False` its values are not rounded to multiples of 2**-12, but
+    what backward rebuilds is a little off, which batch norm in young networks magnifies: their
+    gradients are off from the stored run's, under autocast to bfloat16 by much. A trunk whose
+    image is padded with more channels than it has then also keeps the input of its second
+    coupling. Train on normalised images: on raw pixels a :class:`revlib.DriftWarning` may tell.
 
     Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
     with are larger: until the running statistics of batch norm are those of the data, activations
@@ -60,7 +66,7 @@ class IRevNet(nn.Module):
         dropout: The probability of dropout inside the sub-networks.
         policy: The policy of the trunk, or a list of each block's; under "store" the head is
             stored, too.
-        exact: As for :class:`revlib.ReversibleSequential`.
+        exact: As for :class:`revlib.ReversibleSequential`, of the trunk.
 
     Shape:
         Images `[batch, *image_shape]` to logits `[batch, num_classes]`.
@@ -75,10 +81,10 @@ class IRevNet(nn.Module):
 
     Example:
         >>> model = revlib.models.IRevNet((2, 2), (1, 2), image_shape=(3, 8, 8), squeeze=2).eval()
-        >>> x = torch.randn(2, 3, 8, 8)
+        >>> x = torch.randint(256, (2, 3, 8, 8)) / 256
         >>> model(x).shape, model.features(x).shape
         (torch.Size([2, 10]), torch.Size([2, 48, 2, 2]))
-        >>> torch.allclose(model.inverse(model.features(x)), x, atol=1e-4)
+        >>> torch.equal(model.inverse(model.features(x)), x)
         True
     """
 
@@ -95,7 +101,7 @@ class IRevNet(nn.Module):
         num_classes: int = 10,
         dropout: float = 0.0,
         policy: Policy | Sequence[Policy] = "rebuild",
-        exact: bool = False,
+        exact: bool = True,
     ) -> None:
         super().__init__()
         units = check_counts("units", units, rule="whole numbers above 0, one per stage")
@@ -104,6 +110,7 @@ class IRevNet(nn.Module):
         self.image_shape = check_image_shape(image_shape)
         check_at_least(1, squeeze=squeeze, bottleneck=bottleneck, num_classes=num_classes)
         check_at_least(0, padding=padding)
+        check_dropout(dropout)
         if len(units) != len(strides):
             raise ValueError(
                 f"strides must have one entry per stage; got {len(strides)} for {len(units)}"
@@ -150,9 +157,9 @@ class IRevNet(nn.Module):
     def inverse(self, features: Tensor) -> Tensor:
         """Returns the images that have these features, in flat memory and with gradients.
 
-        In eval mode it undoes `features`: up to rounding, and if `exact` to the last bit, for
-        images of multiples of 2**-12. In training mode batch norm sees another batch's
-        statistics, unless the features are those of a whole batch.
+        In eval mode it undoes `features`: to the last bit for images of multiples of 2**-12, to
+        within 2**-13 for others, and without `exact` up to float32's rounding. In training mode
+        batch norm sees another batch's statistics, unless the features are those of a whole batch.
         """
         check_sample("features", features, self.feature_shape)
         return self.trunk.inverse(features)
@@ -277,7 +284,8 @@ def irevnet_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         published: The state dict of an `iRevNet` of
             https://github.com/jhjacobsen/pytorch-i-revnet, plain or of a `DataParallel`. The
             weights stay as they are; only names change: `stack.N.bottleneck_block` becomes
-            `trunk.N.f`, `bn1` becomes `head.0.0` and `linear` becomes `head.1`.
+            `trunk.N.f`, `bn1` becomes `head.0.0` and `linear` becomes `head.1`. With `exact=False`
+            features and logits are those of the authors' code; an exact network rounds its stream.
 
     Raises:
         ValueError: If it is something else: a name is none of these, or a value no tensor.

@@ -1,5 +1,6 @@
 """What ResNet and RevNet are both made of: residual functions, shortcuts, stem and head."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def residual_function(
         dropout: The probability of dropout before the last convolution.
 
     Returns:
-        Batch norm, ReLU and convolution, two times or three.
+        Batch norm, ReLU and convolution, two times or three. Their names, and so the keys of the
+        state dict, do not depend on dropout.
 
     References:
         Identity Mappings in Deep Residual Networks (He et al., 2016),
@@ -68,14 +70,17 @@ def residual_function(
     else:
         shapes = [(c_in, c_out, 3, stride), (c_out, c_out, 3, 1)]
     layers = []
-    for i, (c_from, c_to, kernel, step) in enumerate(shapes):
-        layers += [nn.BatchNorm2d(c_from), nn.ReLU(inplace=True)]
-        if dropout > 0 and i == len(shapes) - 1:
-            layers.append(nn.Dropout(dropout))
-        layers.append(
-            nn.Conv2d(c_from, c_to, kernel, stride=step, padding=kernel // 2, bias=False)
-        )
-    return nn.Sequential(*layers)
+    for c_from, c_to, kernel, step in shapes:
+        layers += [
+            nn.BatchNorm2d(c_from),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c_from, c_to, kernel, stride=step, padding=kernel // 2, bias=False),
+        ]
+    named = OrderedDict((str(place), layer) for place, layer in enumerate(layers))
+    if dropout > 0:
+        named["dropout"] = nn.Dropout(dropout)
+        named.move_to_end(str(len(layers) - 1))
+    return nn.Sequential(named)
 
 
 class Shortcut(nn.Module):

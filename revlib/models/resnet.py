@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from revlib.models.checks import check_at_least
+from revlib.models.checks import check_at_least, check_dropout
 from revlib.models.residual import (
     block_shapes,
     check_stages,
@@ -68,6 +68,7 @@ class ResNet(nn.Module):
         super().__init__()
         units, widths = check_stages(units, widths)
         check_at_least(1, num_classes=num_classes, in_channels=in_channels)
+        check_dropout(dropout)
         self.stem = stem(in_channels, widths[0], large_images=large_images)
         blocks = []
         for c_in, c_out, stride in block_shapes(units, widths, bottleneck):

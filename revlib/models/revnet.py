@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from revlib.autograd import Policy
 from revlib.coupling import AdditiveCoupling
-from revlib.invertible import InvertibleModule
-from revlib.models.checks import check_at_least
+from revlib.models.checks import check_at_least, check_dropout
 from revlib.models.residual import (
     block_shapes,
     check_stages,
@@ -60,8 +59,8 @@ class RevNet(nn.Module):
         dropout: The probability of dropout inside the residual functions.
         large_images: Whether it is built as for ImageNet: the stem takes height and width to a
             quarter, and a shortcut that changes its shape is a 1x1 convolution.
-        policy: The policy of the couplings, or a list of each block's; under "store" transitions
-            and head are stored, too.
+        policy: The policy of the couplings, or a list of each block's, in which a transition that
+            is to be rebuilt is recomputed; under "store" transitions and head are stored, too.
         exact: As for :class:`revlib.ReversibleSequential`.
 
     Shape:
@@ -94,6 +93,7 @@ class RevNet(nn.Module):
         super().__init__()
         units, widths = check_stages(units, widths)
         check_at_least(1, num_classes=num_classes, in_channels=in_channels)
+        check_dropout(dropout)
         if any(width % 2 for width in widths):
             raise ValueError(f"widths must be even, to be split in halves; got {widths}")
         self.stem = stem(in_channels, widths[0], large_images=large_images)
@@ -122,11 +122,12 @@ class RevNet(nn.Module):
     @policy.setter
     def policy(self, policy: Policy | Sequence[Policy]) -> None:
         without_inverse = "store" if policy == "store" else "recompute"
-        by_block = policy
-        if policy == "rebuild":
+        by_block = [policy] * len(self.trunk) if policy == "rebuild" else policy
+        if isinstance(by_block, Sequence) and not isinstance(by_block, str):
+            transitions = [i for i, b in enumerate(self.trunk) if isinstance(b, Transition)]
             by_block = [
-                policy if isinstance(block, InvertibleModule) else without_inverse
-                for block in self.trunk
+                without_inverse if each == "rebuild" and i in transitions else each
+                for i, each in enumerate(by_block)
             ]
         self.trunk.policy = by_block
         self.head.policy = [without_inverse, "store"]

@@ -73,8 +73,12 @@ def train_command(
         ),
     ] = Settings.policy,
     exact: Annotated[
-        bool,
-        Option("--exact", help="For a revnet, an irevnet or a flow: rebuild to the last bit."),
+        bool | None,
+        Option(
+            "--exact/--no-exact",
+            help="For a revnet, an irevnet or a flow: rebuild to the last bit.",
+            show_default="exact for an irevnet only",
+        ),
     ] = Settings.exact,
     dropout: Annotated[
         float, Option(help="For a classifier: share of activations to drop.")

@@ -40,7 +40,8 @@ class Settings:
             `spline_flow`.
         policy: How a RevNet, an i-RevNet or a flow gets its activations back, by default
             `rebuild`; a ResNet has no choice.
-        exact: Whether a RevNet, an i-RevNet or a flow rebuilds to the last bit.
+        exact: Whether a RevNet, an i-RevNet or a flow rebuilds to the last bit; by default only an
+            i-RevNet does.
         dropout: The share of activations that is dropped, in a classifier.
         levels: The scales of a flow for images; by default the model's own number, or as many as
             the images can be halved.
@@ -74,7 +75,7 @@ class Settings:
     out: Path
     model: str = "revnet38"
     policy: str | None = None
-    exact: bool = False
+    exact: bool | None = None
     dropout: float = 0.0
     levels: int | None = None
     flow_steps: int | None = None
@@ -94,7 +95,7 @@ class Settings:
     def __post_init__(self) -> None:
         own = dict(FLOW_DEFAULTS if self.model in FLOWS else CLASSIFIER_DEFAULTS)
         if self.model in REVERSIBLE:
-            own["policy"] = "rebuild"
+            own |= {"policy": "rebuild", "exact": self.model.startswith("irevnet")}
         for name, value in own.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # The way to set a field of a frozen class.

@@ -41,6 +41,19 @@ def test_wrong_setting_gets_a_line_that_names_it(name, value, line):
         Settings(data="digits", out=Path("run"), **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("model", "exact"),
+    [("resnet32", None), ("revnet38", False), ("irevnet34", True), ("glow", False)],
+)
+def test_only_an_i_revnet_is_exact_by_default(model, exact):
+    def settings(**chosen: bool) -> Settings:
+        return Settings(data="digits", out=Path("run"), model=model, **chosen)
+
+    assert settings().exact is exact
+    if exact is not None:
+        assert settings(exact=not exact).exact is not exact
+
+
 # Settings that a model may not have, and a value that is not their default.
 CHOSEN = {
     "policy": "store",
