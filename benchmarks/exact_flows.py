@@ -5,9 +5,13 @@ that log-scales have the standard deviation of the table: a factor of a few perc
 or of a third. They are a constant for each channel, but for a third of it that depends on the
 stream: if all did, a chain of so many steps would be chaotic, whatever it computes with.
 
+Libraries of flows store. MemCNN, which has no flows, rebuilds any module with an inverse: it is
+given our layers, each with the sum of the log-determinants beside its stream.
+
 Run:    make bench-exact DATA=cifar10.npz
 """
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -24,6 +28,7 @@ from benchmarks.exact_errors import (
     worst_error,
 )
 from benchmarks.flow_stacks import conditioner, nll
+from benchmarks.peers import FOLDER
 from revlib import flows
 from revlib.benchmarking.records import ERROR
 
@@ -35,8 +40,43 @@ SHIFTS = 0.1
 pytestmark = pytest.mark.filterwarnings("ignore::revlib.DriftWarning")
 
 
+class WithTotal(nn.Module):
+    """A layer that takes and gives the sum of the log-determinants so far, and no views."""
+
+    def __init__(self, layer: flows.FlowLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = self.layer(x)
+        return z.clone(), total + log_det
+
+    def inverse(self, z: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_det = self.layer.inverse(z)
+        return x.clone(), total + log_det
+
+
+def in_memcnn(layers: list[flows.FlowLayer]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    from memcnn import InvertibleModuleWrapper
+
+    # It frees the inputs of its blocks; the first one's are the caller's.
+    wrapped = [
+        InvertibleModuleWrapper(WithTotal(layer), keep_input=i == 0, keep_input_inverse=True)
+        for i, layer in enumerate(layers)
+    ]
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        streams = x, x.new_zeros(len(x))
+        for module in wrapped:
+            streams = module(*streams)
+        return streams
+
+    return run
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("method", [YARDSTICK, *METHODS])
+    peer = metafunc.config.getoption("--peer")
+    metafunc.parametrize("method", [YARDSTICK, *METHODS] if peer is None else [peer])
     quick = metafunc.config.getoption("--quick")
     metafunc.parametrize("steps", [2, 4] if quick else STEPS)
 
@@ -65,6 +105,8 @@ def make_layers(steps: int, spread: float, x: Tensor) -> list[flows.FlowLayer]:
 
 @pytest.mark.benchmark(group="gradients of Glow steps against their number")
 def bench_flows(benchmark, method, steps):
+    if method not in [YARDSTICK, *METHODS]:
+        sys.path.insert(0, str(FOLDER / method))
     x = torch.randn(2, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def measure() -> dict[str, float]:
@@ -86,9 +128,16 @@ def error_of(
         wide = deepcopy(chain).double()
         got = gradients(loss_of(chain), chain, x, dtype)
         return worst_error(got, gradients(loss_of(wide), wide, x.double()))
-    pair = twins(layers, flows.FlowSequential, method)
-    return worst_error(*(gradients(loss_of(chain), chain, x, dtype) for chain in pair))
+    if method in METHODS:
+        pair = twins(layers, flows.FlowSequential, method)
+    else:
+        pair = in_memcnn(layers), flows.FlowSequential(*layers, policy="store")
+    # In the order of the layers: the model of another library may have its own.
+    model = nn.ModuleList(layers)
+    return worst_error(*(gradients(loss_of(chain), model, x, dtype) for chain in pair))
 
 
-def loss_of(chain: flows.FlowSequential) -> Callable[[Tensor], Tensor]:
+def loss_of(
+    chain: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Callable[[Tensor], Tensor]:
     return lambda x: nll(*chain(x)).mean()

@@ -21,7 +21,7 @@ EXACTNESS = Parts(
     out=Path("runs/bench-exact"),
     peers={
         "chains": [peer for peer in REQUIREMENTS if not peer.startswith("revlib")],
-        "flows": [],
+        "flows": [peer for peer in REQUIREMENTS if peer.startswith("memcnn")],
         "training": [],
         "cost": [],
         "anchors": [],

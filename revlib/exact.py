@@ -79,17 +79,17 @@ class Exact:
         entered = tuple(snap(x, self.dtype, self.bits) for x in streams)
         for x in entered:
             overflow = reference.is_out_of_range(x.detach(), self._limit(scales=False))
-            self._note(label, overflow)
+            self.note(label, overflow)
         return entered
 
     def add(self, x: Tensor, update: Tensor, label: str) -> Tensor:
         y, overflow = functional.exact_additive_coupling(x, update, bits=self.bits)
-        self._note(label, overflow)
+        self.note(label, overflow)
         return y
 
     def subtract(self, y: Tensor, update: Tensor, label: str) -> Tensor:
         x, overflow = functional.exact_additive_coupling_inverse(y, update, bits=self.bits)
-        self._note(label, overflow)
+        self.note(label, overflow)
         return x
 
     def scale(
@@ -106,7 +106,7 @@ class Exact:
         run = getattr(functional, f"{op}_inverse" if inverse else op)
         state = self.slot(x, first=first)
         y, log_det, overflow = run(x, *parameters, state, bits=self.bits, **options)
-        self._note(label, overflow, scales=True)
+        self.note(label, overflow, scales=True)
         return y, log_det
 
     def scale_backward(
@@ -185,7 +185,7 @@ class Exact:
         limits = SCALING_LIMIT if scales else ADDING_LIMIT
         return limits[self.dtype] / 2**self.bits
 
-    def _note(self, label: str, overflow: Tensor, *, scales: bool = False) -> None:
+    def note(self, label: str, overflow: Tensor, *, scales: bool = False) -> None:
         """Notes whether a step brought a value out of range; nothing waits for the device."""
         if self.replayed is not None:
             return

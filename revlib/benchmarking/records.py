@@ -99,7 +99,7 @@ def read(paths: Sequence[Path], command: str | None = None) -> Report:
         for benchmark in run["benchmarks"]:
             by_group.setdefault(benchmark["group"] or "benchmarks", []).append(benchmark)
     return Report(
-        _made_by(measured[0], command),
+        _made_by(measured, command),
         [_group(title, benchmarks) for title, benchmarks in by_group.items()],
         {name: why for run in runs for name, why in run.get("not_measured", {}).items()},
     )
@@ -116,9 +116,10 @@ def _load(path: Path) -> dict[str, Any]:
     return run
 
 
-def _made_by(run: dict[str, Any], command: str | None) -> dict[str, str]:
+def _made_by(runs: Sequence[dict[str, Any]], command: str | None) -> dict[str, str]:
+    run = runs[0]
     machine, commit = run["machine_info"], run["commit_info"]
-    extras = (benchmark["extra_info"] for benchmark in run["benchmarks"])
+    extras = (benchmark["extra_info"] for run in runs for benchmark in run["benchmarks"])
     extra = next((extra for extra in extras if "device" in extra), {})
     cpu = f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cpu']['count']} cores"
     device = extra.get("device", "cpu")
