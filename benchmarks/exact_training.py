@@ -122,8 +122,8 @@ def largest_state() -> Iterator[list[int]]:
     largest = [0]
     note = Exact.note
 
-    def look(self: Exact, label: str, overflow: Tensor) -> None:
-        note(self, label, overflow)
+    def look(self: Exact, label: str, overflow: Tensor, **options: bool) -> None:
+        note(self, label, overflow, **options)
         if self.state is not None:
             largest[0] = max(largest[0], self.state.max().item())
 
