@@ -63,7 +63,8 @@ def check_context(context: object, n: int | None = None) -> None:
     rows = len(context) if context.ndim else "a scalar"
     if n is None and not context.ndim:
         raise ValueError("context must be [batch, ...]; got a scalar")
-    if n is not None and rows not in (1, n):
+    # Not as `rows not in (1, n)`: sizes are symbols in a trace, which `in` compares as objects.
+    if n is not None and rows != 1 and rows != n:
         raise ValueError(
             f"context must have one row for each of {n} samples, or one for all; got {rows}"
         )
