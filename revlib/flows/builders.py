@@ -116,7 +116,9 @@ def realnvp(
         hidden: The width of the conditioners; 64, if not given.
         blocks: The number of residual blocks of a conditioner, for images; 8, if not given.
         dequantize: As for :func:`revlib.flows.nice`; a :class:`revlib.flows.Logit` follows.
-        context: The number of features or channels of the conditioning input, 0 for none.
+        context: The number of features or channels of the conditioning input, 0 for none. For
+            images it is a vector, or an image whose height and width are those of the data:
+            every level averages it to its own.
         policy: As for :class:`revlib.flows.FlowSequential`.
         exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
@@ -205,7 +207,7 @@ def glow(
             :class:`revlib.flows.AffineCoupling`.
         lu: As for :class:`revlib.flows.InvertibleConv1x1`.
         dequantize: As for :func:`revlib.flows.nice`; the result is centred on 0.
-        context: The number of features or channels of the conditioning input, 0 for none.
+        context: As for :func:`revlib.flows.realnvp`.
         policy: As for :class:`revlib.flows.FlowSequential`.
         exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
@@ -261,7 +263,7 @@ def spline_flow(
         bound: As for :class:`revlib.flows.SplineCoupling`.
         lu: As for :class:`revlib.flows.InvertibleConv1x1`.
         dequantize: As for :func:`revlib.flows.glow`.
-        context: The number of features or channels of the conditioning input, 0 for none.
+        context: As for :func:`revlib.flows.realnvp`.
         policy: As for :class:`revlib.flows.FlowSequential`.
         exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: As for :func:`revlib.flows.glow`.

@@ -134,7 +134,9 @@ def test_temperature_cools_every_latent(temperature, device):
         torch.testing.assert_close(cool, temperature * latent)
 
 
-@pytest.mark.parametrize("name", ["realnvp-odd-context", "realnvp-image-context"])
+@pytest.mark.parametrize(
+    "name", ["realnvp-odd-context", "realnvp-image-context", "glow-image-context-image"]
+)
 def test_each_sample_follows_its_row_of_the_context(name, device):
     case = CASES[name]
     flow, (context,) = case.build(device), case.contexts(device, batch=4)
