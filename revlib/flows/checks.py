@@ -34,10 +34,14 @@ def check_samples(name: str, x: Tensor) -> None:
     """A batch of samples, in floating point."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a tensor; got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be floating point; got {x.dtype}")
+    check_floating(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name}: the stream must be [batch, ...]; got {list(x.shape)}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be floating point; got {x.dtype}")
 
 
 def check_sample_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:

@@ -324,6 +324,12 @@ def test_a_base_that_takes_a_temperature_among_others_is_given_it():
 # As a torch.distributions.Distribution
 
 
+def test_a_distribution_shows_its_shapes():
+    distribution = linear_flow()[0].distribution().expand((2, 4))
+
+    assert repr(distribution) == "FlowDistribution(batch_shape=(2, 4), event_shape=(3,))"
+
+
 def test_distribution_has_the_density_of_the_flow():
     flow, truth = linear_flow()
     distribution = flow.distribution()
