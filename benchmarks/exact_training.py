@@ -36,9 +36,11 @@ class Plan:
 
 PLAN = Plan(
     epochs=12,
-    glow=flow_likelihood.Plan(steps=64, hidden=16, batch=16, iterations=100, lr=5e-4, n_test=256),
+    glow=flow_likelihood.Plan(
+        size=16, steps=64, hidden=16, batch=16, iterations=100, lr=5e-4, n_test=256
+    ),
 )
-QUICK = Plan(epochs=1, glow=flow_likelihood.QUICK, seeds=2)
+QUICK = Plan(epochs=1, glow=replace(flow_likelihood.QUICK, size=8), seeds=2)
 METHODS = {"float": False, "exact": True}
 
 pytestmark = pytest.mark.filterwarnings("ignore::revlib.DriftWarning")
@@ -103,7 +105,7 @@ def bench_glow(benchmark, method, plan, pictures, data):
 
 def build(plan: flow_likelihood.Plan, seed: int, *, exact: bool) -> Trainee:
     torch.manual_seed(seed)
-    model = flow_likelihood.build_ours(plan, "rebuild", exact=exact)
+    model = flow_likelihood.build_ours(plan, 3, "rebuild", exact=exact)
     return Trainee(model, model.nll)
 
 

@@ -1,4 +1,4 @@
-"""The images that the benchmarks of flows train on, made small by averaging."""
+"""The images that the benchmarks of flows train on, as they are or made small by averaging."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +12,18 @@ from revlib.train.sources import read_npz
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images as whole numbers from 0 to 255, [n, channels, size, size]."""
+    """Images as whole numbers from 0 to 255, [n, channels, height, width]."""
 
     train: Tensor
     test: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.train.shape[1:])
 
-def read_pictures(path: Path, size: int, n_train: int, n_test: int) -> Pictures:
-    """Reads the first images of both parts, and averages squares of pixels down to `size`.
+
+def read_pictures(path: Path, size: int | None, n_train: int, n_test: int) -> Pictures:
+    """Reads the first images of both parts, and averages squares of pixels down to `size`, if any.
 
     Raises:
         ValueError: If their sides are no multiples of `size`.
@@ -33,9 +37,11 @@ def read_pictures(path: Path, size: int, n_train: int, n_test: int) -> Pictures:
     )
 
 
-def shrunk(images: Tensor, size: int) -> Tensor:
+def shrunk(images: Tensor, size: int | None) -> Tensor:
     images = images.unsqueeze(-1) if images.ndim == 3 else images
     images = images.movedim(-1, 1).float()
+    if size is None:
+        return images
     if any(side % size for side in images.shape[2:]):
         raise ValueError(f"sides must be multiples of {size}; got {tuple(images.shape[2:])}")
     return torch.nn.functional.adaptive_avg_pool2d(images, size).round()

@@ -3,9 +3,11 @@
 Run:    make bench-flows DATA=cifar10.npz
 
 The file holds `x_train, y_train, x_test, y_test` as Keras writes them; the images are 32x32, or
-a multiple of it, in color. A part alone, such as the one that runs out of memory:
+a multiple of it, in color. A part alone, such as the one that runs out of memory, or the one that
+takes images as they are, such as 28x28 in grey:
 
         python -m benchmarks.flows cifar10.npz --only memory_limit
+        python -m benchmarks.flows fashion_mnist.npz --only likelihood
 """
 
 import sys

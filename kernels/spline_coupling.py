@@ -301,7 +301,9 @@ def solve(v, height, s, slope_left, slope_right):
     a = height * (s - slope_left) + bend
     b = height * slope_left - bend
     c = -s * v
-    return 2 * c / (-b - tl.sqrt(tl.maximum(b * b - 4 * a * c, 0)))
+    theta = 2 * c / (-b - tl.sqrt(tl.maximum(b * b - 4 * a * c, 0)))
+    # Rounding may put it outside, where a slope may be negative. A NaN stays.
+    return tl.where(theta < 0, 0, tl.where(theta > 1, 1, theta))
 
 
 def couple(

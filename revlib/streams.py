@@ -80,7 +80,7 @@ def settle(streams: Streams) -> Streams:
 
 def _settled(x: Tensor) -> Tensor:
     x = _restrided(in_format(x, memory_format(x)))
-    if torch.compiler.is_compiling():  # what is traced is not rebuilt
+    if torch.compiler.is_compiling():
         return x
     # Libraries also add in another order where memory does not begin at a boundary of vectors.
     return x.clone() if x.storage_offset() * x.itemsize % ALIGNMENT else x
@@ -91,7 +91,7 @@ def _restrided(x: Tensor) -> Tensor:
 
     Libraries choose kernels by them.
     """
-    if 1 not in x.shape:
+    if torch.compiler.is_compiling() or 1 not in x.shape:  # what is traced is not rebuilt
         return x
     dims = [*range(x.ndim)]
     if memory_format(x) != torch.contiguous_format:

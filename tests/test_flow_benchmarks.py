@@ -1,6 +1,7 @@
 """The benchmarks of flows, run at sizes that tell nothing and without other libraries."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks import flow_likelihood, flow_memory_limit, flow_rounding, parts
-from benchmarks.flow_images import batches, read_pictures
+from benchmarks.flow_images import batches, dequantized, read_pictures
 from benchmarks.flow_stacks import METHODS, make_input, nll, training_step
 from benchmarks.flows import FLOWS
 from benchmarks.pairing import add_differences
+from revlib import flows
 from revlib.benchmarking.records import Group, Report, Row
 from revlib.memory import measure_step
 
@@ -99,13 +101,72 @@ def test_bits_per_dim_of_a_uniform_model_are_8(data):
 def test_training_lowers_bits_per_dim(data):
     plan = flow_likelihood.Plan(size=8, steps=1, hidden=4, batch=8, iterations=20, lr=0.01)
     pixels = read_pictures(data, plan.size, n_train=32, n_test=0).train
-    trainee = flow_likelihood.build("rebuild", plan, seed=0)
+    trainee = flow_likelihood.build("rebuild", plan, (3, 8, 8), seed=0)
     trainee.nll(pixels / 256 - 0.5)  # which sets the activation norms
     before = flow_likelihood.bits_per_dim(trainee, plan, pixels)
 
     flow_likelihood.train(trainee, plan, pixels, seed=0)
 
     assert flow_likelihood.bits_per_dim(trainee, plan, pixels) < before - 0.02
+
+
+def drift_in_training(policy: str, *, scale: float = 1.0) -> flow_likelihood.Drift:
+    """Trains a flow whose second layer scales down, and says how far rebuilding it was off."""
+    plan, drift = replace(flow_likelihood.QUICK, iterations=3), flow_likelihood.Drift()
+    shift, shrink = flows.Affine(mean=-1.0), flows.Affine(std=1 / scale)
+    flow = flows.Flow(flows.FlowSequential(flows.ActNorm(1), shrink, shift, policy=policy))
+    trainee = flow_likelihood.Trainee(flow, flow.nll)
+    flow_likelihood.train(trainee, plan, torch.randint(256, (8, 1, 4, 4)), 0, drift)
+    return drift
+
+
+def test_drift_in_training_is_counted_and_told():
+    within, beyond = drift_in_training("rebuild"), drift_in_training("rebuild", scale=1e-5)
+
+    assert within.warnings == 0 and 0 < within.largest < 1e-6
+    assert beyond.warnings == 3 and 1e-3 < beyond.largest
+    told = flow_likelihood.told(beyond, replace(flow_likelihood.QUICK, iterations=3, seeds=1))
+    assert told["  drift warnings"] == "3 in 3 steps"
+    assert float(told["largest rebuild error in training"]) == pytest.approx(beyond.largest, 0.1)
+
+
+def test_no_drift_is_told_of_where_nothing_is_rebuilt():
+    drift = drift_in_training("store")
+
+    assert {*flow_likelihood.told(drift, flow_likelihood.QUICK).values()} == {"none"}
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    """A file of 12 images of noise, in the form of Fashion-MNIST, but smaller."""
+    path = tmp_path_factory.mktemp("data") / "grey.npz"
+    images = np.random.default_rng(0).integers(0, 256, (12, 12, 8), dtype=np.uint8)
+    labels = np.zeros(12, dtype=np.uint8)
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return path
+
+
+def test_images_of_no_size_stay_as_they_are(grey):
+    pictures = read_pictures(grey, size=None, n_train=5, n_test=2)
+
+    assert pictures.shape == (1, 12, 8) and pictures.test.shape == (2, 1, 12, 8)
+    assert torch.equal(pictures.train[:, 0], torch.tensor(np.load(grey)["x_train"][:5]).float())
+
+
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated")  # the peer's own affair
+@pytest.mark.parametrize("method", ["rebuild", "normflows==1.7.3"])
+def test_models_take_grey_images_as_they_are(method, grey):
+    plan = replace(flow_likelihood.QUICK, iterations=3)
+    pictures = read_pictures(grey, plan.size, n_train=12, n_test=0)
+    start = dequantized(pictures.train, torch.Generator().manual_seed(0))
+
+    stored = flow_likelihood.build("store", plan, pictures.shape, seed=0)
+    trainee = flow_likelihood.build(method, plan, pictures.shape, seed=0)
+
+    # Where conditioners return zeros, the models differ by the floor under a scale alone.
+    torch.testing.assert_close(trainee.nll(start), stored.nll(start), rtol=1e-2, atol=0)
+    flow_likelihood.train(trainee, plan, pictures.train, seed=0)
+    assert trainee.nll(start).isfinite()
 
 
 def test_rebuilt_gradients_are_within_rounding_of_stored_ones():
@@ -182,7 +243,11 @@ def test_a_group_without_the_reference_or_without_seeds_is_left_alone():
     assert [len(row.values) for row in rows] == [1, 1]
 
 
-@pytest.mark.parametrize("plan", [flow_likelihood.Plan(), flow_rounding.Plan()])
+@pytest.mark.parametrize("plan", [flow_likelihood.Plan(size=16), flow_rounding.Plan()])
 def test_titles_tell_the_size_of_images_and_of_the_model(plan):
     for told in (f"averaged to {plan.size}x{plan.size}", f"{plan.hidden} hidden channels"):
         assert told in plan.title
+
+
+def test_a_title_tells_that_images_are_as_they_are():
+    assert "images as they are: 2 levels" in flow_likelihood.Plan().title

@@ -158,6 +158,16 @@ def test_context_vector_is_the_same_at_every_pixel(make):
     torch.testing.assert_close(net(x, vector), net(x, image))
 
 
+@every_conv_net
+@pytest.mark.parametrize("factors", [(2, 2), (1, 3)])
+def test_larger_context_is_averaged_to_the_size_of_the_input(make, factors):
+    net = awake(make(context_channels=2))
+    x, context = torch.randn(5, *IMAGE), torch.randn(5, 2, 4 * factors[0], 6 * factors[1])
+    means = context.unflatten(3, (6, -1)).unflatten(2, (4, -1)).mean((3, 5))
+
+    torch.testing.assert_close(net(x, context), net(x, means))
+
+
 @every_net
 def test_every_parameter_receives_a_gradient(case: Case):
     net, inputs = awake(case.make()), case.inputs()
@@ -336,13 +346,20 @@ def test_input_of_another_shape_is_refused(name, shape, message):
         (
             "glow-context",
             (5, 3),
-            r"GlowConvNet: context must be \[5, 2\] or \[5, 2, 4, 6\]; got \[5, 3\]",
+            r"GlowConvNet: context must be \[5, 2\] or \[5, 2, height, width\]; got \[5, 3\]",
+        ),
+        (
+            "residual-context",
+            (5, 3, 4, 6),
+            r"ResidualConvNet: context must be .* or \[5, 2, height, width\]; got \[5, 3, 4, 6\]",
         ),
         (
             "residual-context",
             (5, 2, 2, 3),
-            r"ResidualConvNet: context must be .* or \[5, 2, 4, 6\]; got \[5, 2, 2, 3\]",
+            "ResidualConvNet: height and width of context must be those of x, 4 and 6, or "
+            "multiples of them; got 2 and 3",
         ),
+        ("glow-context", (5, 2, 8, 9), "multiples of them; got 8 and 9"),
     ],
 )
 def test_context_of_another_shape_is_refused(name, shape, message):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from revlib import functional
+from revlib.reference import _spline_coupling as definition
 
 OPS = {
     "forward": functional.spline_coupling,
@@ -143,6 +144,20 @@ def test_inverse_undoes_steep_and_flat_splines(direction):
     again, _ = back(there(x, 5 * h)[0], 5 * h)
 
     torch.testing.assert_close(again, x, atol=1e-8, rtol=0)
+
+
+def test_inverse_of_steep_splines_stays_in_its_bin_in_float32():
+    torch.manual_seed(0)
+    x, h = 6 * torch.rand(4000, 1) - 3, 7 * torch.randn(4000, 23)
+    y, _ = functional.spline_coupling(x, h)
+    splines = definition.splines(y, h, 8, 3.0, 1e-3, 1e-3, 1e-3)
+    theta = definition.solve(y, definition.bin_at(y, splines.y, splines))
+
+    again, log_det = functional.spline_coupling_inverse(y, h)
+    _, dy, dh = functional.spline_coupling_inverse_backward(again, h, y, log_det)
+
+    assert theta.min() >= 0 and theta.max() <= 1
+    assert log_det.isfinite().all() and dy.isfinite().all() and dh.isfinite().all()
 
 
 @each_direction

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -120,7 +121,7 @@ def takes_temperature(base: Base) -> bool:
 
 
 def check_temperature(temperature: float) -> None:
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"sample: temperature must be a number; got {temperature!r}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"sample: temperature must be from 0 up and finite; got {temperature!r}")

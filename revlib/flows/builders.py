@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Integral
 
 from torch import nn
 
@@ -116,7 +117,9 @@ def realnvp(
         hidden: The width of the conditioners; 64, if not given.
         blocks: The number of residual blocks of a conditioner, for images; 8, if not given.
         dequantize: As for :func:`revlib.flows.nice`; a :class:`revlib.flows.Logit` follows.
-        context: The number of features or channels of the conditioning input, 0 for none.
+        context: The number of features or channels of the conditioning input, 0 for none. For
+            images it is a vector, or an image whose height and width are those of the data:
+            every level averages it to its own.
         policy: As for :class:`revlib.flows.FlowSequential`.
         exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
@@ -205,7 +208,7 @@ def glow(
             :class:`revlib.flows.AffineCoupling`.
         lu: As for :class:`revlib.flows.InvertibleConv1x1`.
         dequantize: As for :func:`revlib.flows.nice`; the result is centred on 0.
-        context: The number of features or channels of the conditioning input, 0 for none.
+        context: As for :func:`revlib.flows.realnvp`.
         policy: As for :class:`revlib.flows.FlowSequential`.
         exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default
@@ -227,9 +230,19 @@ def glow(
         return AffineCoupling(build(kept, 2 * changed), scale=scale)
 
     return multiscale(
-        "glow", shape, levels, steps, hidden, lu, dequantize, context, policy, exact,
-        subnet_constructor, coupling,
-    )  # fmt: skip
+        "glow",
+        shape,
+        coupling,
+        levels=levels,
+        steps=steps,
+        hidden=hidden,
+        lu=lu,
+        dequantize=dequantize,
+        context=context,
+        policy=policy,
+        exact=exact,
+        subnet_constructor=subnet_constructor,
+    )
 
 
 def spline_flow(
@@ -261,7 +274,7 @@ def spline_flow(
         bound: As for :class:`revlib.flows.SplineCoupling`.
         lu: As for :class:`revlib.flows.InvertibleConv1x1`.
         dequantize: As for :func:`revlib.flows.glow`.
-        context: The number of features or channels of the conditioning input, 0 for none.
+        context: As for :func:`revlib.flows.realnvp`.
         policy: As for :class:`revlib.flows.FlowSequential`.
         exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: As for :func:`revlib.flows.glow`.
@@ -280,14 +293,26 @@ def spline_flow(
         return SplineCoupling(build(kept, (3 * bins - 1) * changed), bins=bins, bound=bound)
 
     return multiscale(
-        "spline_flow", shape, levels, steps, hidden, lu, dequantize, context, policy, exact,
-        subnet_constructor, coupling,
-    )  # fmt: skip
+        "spline_flow",
+        shape,
+        coupling,
+        levels=levels,
+        steps=steps,
+        hidden=hidden,
+        lu=lu,
+        dequantize=dequantize,
+        context=context,
+        policy=policy,
+        exact=exact,
+        subnet_constructor=subnet_constructor,
+    )
 
 
 def multiscale(
     name: str,
     shape: Shape,
+    coupling: Callable[[SubnetConstructor, int, int], FlowLayer],
+    *,
     levels: int | None,
     steps: int,
     hidden: int | None,
@@ -297,7 +322,6 @@ def multiscale(
     policy: Policy,
     exact: bool,
     subnet_constructor: SubnetConstructor | None,
-    coupling: Callable[[SubnetConstructor, int, int], FlowLayer],
 ) -> Flow:
     """Builds levels of steps, each an `ActNormConv1x1` and a coupling."""
     shape = checked_shape(name, shape)
@@ -374,7 +398,7 @@ def checked_shape(name: str, shape: object) -> Shape:
 
 def check_counts(name: str, **counts: int) -> None:
     for argument, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
             raise ValueError(f"{name}: {argument} must be a whole number above 0; got {count!r}")
 
 

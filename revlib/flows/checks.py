@@ -34,10 +34,14 @@ def check_samples(name: str, x: Tensor) -> None:
     """A batch of samples, in floating point."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a tensor; got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be floating point; got {x.dtype}")
+    check_floating(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name}: the stream must be [batch, ...]; got {list(x.shape)}")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be floating point; got {x.dtype}")
 
 
 def check_sample_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
@@ -63,7 +67,8 @@ def check_context(context: object, n: int | None = None) -> None:
     rows = len(context) if context.ndim else "a scalar"
     if n is None and not context.ndim:
         raise ValueError("context must be [batch, ...]; got a scalar")
-    if n is not None and rows not in (1, n):
+    # Not as `rows not in (1, n)`: sizes are symbols in a trace, which `in` compares as objects.
+    if n is not None and rows != 1 and rows != n:
         raise ValueError(
             f"context must have one row for each of {n} samples, or one for all; got {rows}"
         )

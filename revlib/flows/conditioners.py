@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from revlib.functional._checks import check_integer
 
@@ -103,7 +104,8 @@ class ResidualConvNet(nn.Module):
         The input is [batch, c_in, height, width], the output [batch, c_out, height, width]. A 1x1
         convolution of the context is added to the result of the first convolution; the context
         is [batch, context_channels, height, width], or without height and width the same at
-        every pixel.
+        every pixel. Of a context whose height and width are multiples of the input's, such as an
+        image at the resolution of the data on a level that is smaller, averages are taken.
 
     Raises:
         ValueError: As for :class:`revlib.flows.MLP`.
@@ -191,7 +193,10 @@ class ResidualBlock(nn.Module):
 
 
 class ConvWithContext(nn.Module):
-    """A 3x3 convolution of the input, plus a 1x1 convolution of the context if there is one."""
+    """A 3x3 convolution of the input, plus a 1x1 convolution of the context if there is one.
+
+    A context that is larger is averaged to the size of the input.
+    """
 
     def __init__(self, net: str, c_in: int, c_out: int, context_channels: int) -> None:
         super().__init__()
@@ -207,12 +212,25 @@ class ConvWithContext(nn.Module):
         check_presence(self.net, context, "context_channels", self.context_channels)
         if context is None:
             return self.conv(x)
-        batch, _, height, width = x.shape
-        vector = (batch, self.context_channels)
-        check_shape(self.net, "context", context, vector, (*vector, height, width))
+        vector = (len(x), self.context_channels)
+        check_shape(self.net, "context", context, vector, (*vector, "height", "width"))
         if context.ndim == 2:
             context = context[:, :, None, None]
+        elif context.shape[2:] != x.shape[2:]:
+            context = averaged(self.net, context, *x.shape[2:])
         return self.conv(x) + self.context_conv(context)
+
+
+def averaged(net: str, context: Tensor, height: int, width: int) -> Tensor:
+    """Takes the means of rectangles, so that the context gets the height and width."""
+    for size, wanted in zip(context.shape[2:], (height, width), strict=True):
+        if size < wanted or size % wanted:
+            raise ValueError(
+                f"{net}: height and width of context must be those of x, {height} and {width}, or "
+                f"multiples of them; got {context.shape[2]} and {context.shape[3]}"
+            )
+    # Not adaptive_avg_pool2d, whose gradient on a GPU is not deterministic.
+    return F.avg_pool2d(context, (context.shape[2] // height, context.shape[3] // width))
 
 
 def starting_as_zero(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:

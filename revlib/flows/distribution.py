@@ -34,6 +34,10 @@ class FlowDistribution(Distribution):
         batch_shape = torch.Size() if context is None else context.shape[:1]
         super().__init__(batch_shape, torch.Size(shape), validate_args=False)
 
+    def __repr__(self) -> str:
+        shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
+        return f"{type(self).__name__}({shapes})"
+
     @property
     def support(self) -> constraints.Constraint:
         levels = self.flow.levels

@@ -8,7 +8,13 @@ from torch.distributions import Distribution
 
 from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import ActNorm, refuse_sharded_start
-from revlib.flows.base import Base, StandardNormal, TorchBase, takes_temperature
+from revlib.flows.base import (
+    Base,
+    StandardNormal,
+    TorchBase,
+    check_temperature,
+    takes_temperature,
+)
 from revlib.flows.checks import check_context, checked_shape
 from revlib.flows.distribution import FlowDistribution
 from revlib.flows.layer import FlowLayer, Latent
@@ -216,6 +222,7 @@ class Flow(nn.Module):
 
     def _latent(self, n: int, context: Tensor | None, temperature: float = 1.0) -> Latent:
         check_context(context, n)
+        check_temperature(temperature)
         if isinstance(self.base, StandardNormal) and not self.base.shapes and self.shape:
             self._find_latent_shapes(context)
         if temperature == 1:

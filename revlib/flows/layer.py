@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from revlib.evaluate import Evaluate, Replay, inverse_of, kind_of
+from revlib.flows.checks import check_floating
 from revlib.invertible import InvertibleModule, check_again
 from revlib.streams import Streams, convert, enter, settle
 
@@ -101,6 +102,8 @@ class FlowLayer(InvertibleModule):
             takes = "a tensor" if wanted == 1 else f"a tuple of {wanted} tensors"
             raise TypeError(f"{label}: this direction takes {takes}; got {type(x).__name__}")
         *latents, x = x if isinstance(x, tuple) else (x,)
+        if isinstance(x, Tensor):
+            check_floating(label, x)
         (x,), _ = enter(x)
         streams = settle(convert((x,), "whole", self.form))
         outputs = run((*streams, *latents), Evaluate(context, label))

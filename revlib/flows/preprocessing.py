@@ -86,6 +86,9 @@ class Logit(FlowLayer):
     Shape:
         Any.
 
+    Raises:
+        ValueError: On a CPU, if p is not between 0 and 1; elsewhere its logit is NaN.
+
     References:
         Density estimation using Real NVP (Dinh et al., 2017), section 4.1,
         https://arxiv.org/abs/1605.08803
@@ -109,7 +112,12 @@ class Logit(FlowLayer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_samples("Logit", x)
-        y = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
+        p = self.alpha + (1 - 2 * self.alpha) * x
+        if can_look(x):
+            wrong = (p < 0) | (p > 1)
+            if wrong.any():
+                raise ValueError(f"Logit: x must be from 0 to 1; got {x[wrong][0].item():.6g}")
+        y = torch.logit(p)
         return y, self._log_det(y)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What every op checks at the door; an error names op, argument, rule and value."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def check_positive(op: str, name: str, value: Any) -> None:
 
 
 def check_integer(op: str, name: str, value: Any, lowest: int, highest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are some, too
         raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
     if not lowest <= value <= highest:
         raise ValueError(f"{op}: {name} must be from {lowest} to {highest}; got {value}")

@@ -163,7 +163,10 @@ def solve(y: Tensor, bin: Bin) -> Tensor:
     b = height * slope_left - bend
     c = -s * rise
     discriminant = (b**2 - 4 * a * c).clamp(min=0)
-    return 2 * c / (-b - discriminant.sqrt())
+    theta = 2 * c / (-b - discriminant.sqrt())
+    # Where a bin is steep, rounding may put it outside, and there a slope may be negative; its
+    # gradient stays, as in the kernel.
+    return theta + (theta.clamp(0, 1) - theta).detach()
 
 
 @torch.enable_grad()

@@ -20,12 +20,14 @@ class FlowCase:
         shape: The shape of one sample.
         context: The number of features of the conditioning input.
         dequantize: The number of levels of the data, or None for real numbers.
+        context_space: The height and width of the conditioning input, if it is an image.
     """
 
     make: Callable[..., flows.Flow]
     shape: tuple[int, ...]
     context: int = 0
     dequantize: int | None = None
+    context_space: tuple[int, ...] = ()
 
     def build(
         self, device: Device = "cpu", dtype: torch.dtype = torch.double, **options: object
@@ -56,7 +58,8 @@ class FlowCase:
     ) -> tuple[Tensor, ...]:
         """Returns a context, or nothing."""
         generator = torch.Generator().manual_seed(2)
-        context = torch.randn(batch, self.context, generator=generator).to(device, dtype)
+        shape = (batch, self.context, *self.context_space)
+        context = torch.randn(shape, generator=generator).to(device, dtype)
         return (context,) if self.context else ()
 
 
@@ -125,11 +128,13 @@ CASES = {
     "realnvp-image": FlowCase(image_realnvp, IMAGE),
     "realnvp-odd-image": FlowCase(one_level_realnvp, (3, 3, 2)),
     "realnvp-image-context": FlowCase(conditioned_realnvp, IMAGE, context=2),
+    "realnvp-image-context-image": FlowCase(image_realnvp, IMAGE, context=2, context_space=(4, 4)),
     "realnvp-image-levels": FlowCase(image_realnvp, IMAGE, dequantize=256),
     "glow": FlowCase(glow, PAIR),
     "glow-odd-context": FlowCase(glow, ODD, context=2),
     "glow-image": FlowCase(two_level_glow, IMAGE),
     "glow-image-plain-matrix": FlowCase(plain_matrix_glow, IMAGE),
+    "glow-image-context-image": FlowCase(two_level_glow, IMAGE, context=2, context_space=(4, 4)),
     "glow-image-levels": FlowCase(two_level_glow, IMAGE, dequantize=256),
     "spline": FlowCase(spline_flow, PAIR),
     "spline-odd-context": FlowCase(spline_flow, ODD, context=2),

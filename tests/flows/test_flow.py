@@ -134,7 +134,9 @@ def test_temperature_cools_every_latent(temperature, device):
         torch.testing.assert_close(cool, temperature * latent)
 
 
-@pytest.mark.parametrize("name", ["realnvp-odd-context", "realnvp-image-context"])
+@pytest.mark.parametrize(
+    "name", ["realnvp-odd-context", "realnvp-image-context", "glow-image-context-image"]
+)
 def test_each_sample_follows_its_row_of_the_context(name, device):
     case = CASES[name]
     flow, (context,) = case.build(device), case.contexts(device, batch=4)
@@ -320,6 +322,12 @@ def test_a_base_that_takes_a_temperature_among_others_is_given_it():
 
 
 # As a torch.distributions.Distribution
+
+
+def test_a_distribution_shows_its_shapes():
+    distribution = linear_flow()[0].distribution().expand((2, 4))
+
+    assert repr(distribution) == "FlowDistribution(batch_shape=(2, 4), event_shape=(3,))"
 
 
 def test_distribution_has_the_density_of_the_flow():
@@ -601,15 +609,35 @@ def test_calls_without_gradients_compile_into_one_graph(name, backend, device):
         torch.testing.assert_close(samples, again, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_flows_of_several_shapes_compile_one_after_the_other(device):
-    for features in (2, 3, 4):
-        flow = flows.Flow(flows.ActNorm(features), shape=(features,)).to(device).eval()
-        x = torch.randn(5, features, device=device)
+def test_conditional_densities_compile_into_one_graph_for_any_batch(device):
+    case = CASES["realnvp-odd-context"]
+    flow = case.build(device, torch.float32)
+    compiled = torch.compile(flow.log_prob, backend="eager", fullgraph=True)
+
+    for batch in (5, 7):
+        x, context = case.inputs(device, torch.float32, batch)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, context), flow.log_prob(x, context))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        pytest.param([(2,), (3,), (4,)], marks=pytest.mark.slow, id="vectors"),
+        pytest.param([(3, 32, 32), (1, 28, 28)], id="images"),
+    ],
+)
+def test_flows_of_several_shapes_compile_one_after_the_other(shapes, device):
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit
+    for shape in shapes:
+        flow = flows.Flow(flows.ActNorm(shape[0]), shape=shape).to(device).eval()
+        x = torch.randn(5, *shape, device=device)
 
         with torch.no_grad():
-            log_prob = torch.compile(flow.log_prob, backend="eager", fullgraph=True)(x)
+            log_prob = torch.compile(flow, backend="eager", fullgraph=True)(x)
 
             torch.testing.assert_close(log_prob, flow.log_prob(x))
 
