@@ -33,6 +33,7 @@ def test_a_rebuilt_chain_keeps_beside_them_what_its_guard_looks_at():
     assert 0 < real.saved.activations - fake.saved.activations <= at_most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "streams"), [({}, 1), ({"exact": False}, 2)])
 def test_a_padded_network_keeps_its_stream_at_any_depth_and_of_floats_one_more(options, streams):
     row = measure_depths("padded from 3 to 32", **options)

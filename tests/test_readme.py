@@ -44,6 +44,7 @@ def test_the_example_of_images_from_their_features_holds_for_any_seed(seed):
     exec(compile(example, "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_the_first_example_prints_what_it_says_and_its_memory_is_flat(capsys):
     example = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
     names = {}

@@ -46,9 +46,10 @@ def test_a_chain_keeps_its_output_and_in_inverse_the_padded_stream_beside_it():
         return measure_step(lambda: run(x).sum().backward(), model=chain).saved.activations
 
     narrow, wide = 4 * 64 * 4, 4 * 64 * 8
-    # The drift guard keeps a 16th of each stretch's input, a pair, and the largest value of each.
-    assert saved(chain, 4) == wide + narrow // 16 + 2 * 4
-    assert saved(chain.inverse, 8) == narrow + wide + narrow // 16 + wide // 16 + 2 * (2 * 4)
+    # The drift guard keeps up to a 16th of each stretch's input.
+    assert wide < saved(chain, 4) <= wide + narrow // 16
+    kept = narrow + wide
+    assert kept < saved(chain.inverse, 8) <= kept + kept // 16
 
 
 @pytest.mark.parametrize(

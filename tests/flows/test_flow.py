@@ -591,7 +591,7 @@ def test_a_flow_that_goes_on_from_a_state_dict_is_not_initialised_anew(make):
     ("name", "backend"),
     [
         ("realnvp", "eager"),
-        ("spline", "eager"),
+        pytest.param("spline", "eager", marks=pytest.mark.slow),
         pytest.param("glow-image", "eager", marks=pytest.mark.slow),
         pytest.param("realnvp", "inductor", marks=pytest.mark.slow),
     ],

@@ -278,6 +278,7 @@ runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["revlib", "revlib.train"])
 def test_missing_extra_gets_one_line_and_status_1(module):
     process = start([module], (sys.executable, "-c", WITHOUT_ACCELERATE))
