@@ -19,6 +19,7 @@ from revlib import (
     flows,
 )
 from revlib.models import IRevNet, RevNet
+from revlib.models.residual import head
 
 
 class Rotation(InvertibleModule):
@@ -160,9 +161,9 @@ def irevnet(**options: object) -> list[nn.Module]:
     return list(trunk)
 
 
-def revnet() -> list[nn.Module]:
+def revnet(**options: object) -> list[nn.Module]:
     """The trunk of a small RevNet with learned shortcuts: one transition between two couplings."""
-    return list(RevNet((1, 2), (4, 4, 8), large_images=True, dropout=0.2).trunk)
+    return list(RevNet((1, 2), (4, 4, 8), large_images=True, dropout=0.2, **options).trunk)
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,18 @@ CASES = {
         lambda: irevnet(squeeze=2, padding=4, bottleneck=1, dropout=0.2), (3, 3, 8, 8), heavy=True
     ),
     "revnet": Case(revnet, (3, 4, 4, 4), ["rebuild", "recompute", "rebuild"]),
+    "revnet-bottleneck": Case(
+        lambda: revnet(bottleneck=True),
+        (3, 4, 4, 4),
+        ["recompute", "recompute", "rebuild"],
+        heavy=True,
+    ),
+    "irevnet-whole": Case(
+        lambda: [*irevnet(squeeze=2), *head(48, 10)],
+        (3, 3, 8, 8),
+        ["rebuild"] * 4 + ["recompute", "store"],
+        heavy=True,
+    ),
     "identity": Case(lambda: [AdditiveCoupling(nn.Identity(), nn.Identity())], (5, 6)),
     "stored": Case(lambda: [dropping() for _ in range(2)], (2, 6, 4, 4), "store"),
     "recomputed": Case(lambda: [dropping() for _ in range(3)], (2, 6, 4, 4), "recompute"),
@@ -321,7 +334,8 @@ every_case = over()
 
 
 def has_inverse(case: Case) -> bool:
-    return not any(case is CASES[name] for name in ("mixed-blocks", "revnet"))
+    without = "mixed-blocks", "revnet", "revnet-bottleneck", "irevnet-whole"
+    return not any(case is CASES[name] for name in without)
 
 
 every_invertible_case = over(without=lambda case: not has_inverse(case))

@@ -394,7 +394,7 @@ def autocast_error(
 
 
 # Of a RevNet's gradients bfloat16 itself moves a tenth; exact chains are held to the last bit.
-@over(without=lambda case: case is CASES["revnet"])
+@over(without=lambda case: case in (CASES["revnet"], CASES["revnet-bottleneck"]))
 def test_autocast_gradients_equal_those_of_the_stored_autocast_run(case, device):
     chain = case.make(device).float()
     stored = stored_twin(case.make(device)).float()
