@@ -31,7 +31,7 @@ install: $(INSTALLED) ## make .venv with everything the other targets need
 demo: $(INSTALLED) ## train a RevNet beside its ResNet twin, and two flows, on small data
 	$(BIN)/python -m benchmarks.demo
 
-check: $(INSTALLED) ## format, lint, doctests and the fast tests, in under a minute
+check: $(INSTALLED) ## format, lint, doctests and the fast tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(TESTS) -m "not slow"

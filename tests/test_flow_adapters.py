@@ -365,6 +365,7 @@ def test_peak_memory_of_an_exact_chain_does_not_grow_with_depth(kind, inverse):
     assert peak(depth=8) == pytest.approx(peak(depth=2), rel=0.05)
 
 
+@pytest.mark.slow
 @both_directions
 @pytest.mark.parametrize(
     "name",

@@ -121,7 +121,7 @@ def drift_in_training(policy: str, *, scale: float = 1.0) -> flow_likelihood.Dri
 
 
 def test_drift_in_training_is_counted_and_told():
-    within, beyond = drift_in_training("rebuild"), drift_in_training("rebuild", scale=1e-5)
+    within, beyond = drift_in_training("rebuild"), drift_in_training("rebuild", scale=1e-6)
 
     assert within.warnings == 0 and 0 < within.largest < 1e-6
     assert beyond.warnings == 3 and 1e-3 < beyond.largest

@@ -44,6 +44,7 @@ def test_a_padded_network_keeps_its_stream_at_any_depth_and_of_floats_one_more(o
     assert streams * stream <= row["72 couplings"] < 1.1 * streams * stream
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::revlib.DriftWarning")
 @pytest.mark.parametrize("exact", [False, True])
 def test_rebuilt_gradients_are_off_from_stored_ones_unless_exact(exact, tmp_path, monkeypatch):

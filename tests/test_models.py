@@ -47,6 +47,7 @@ def test_parameters_for_imagenet_are_those_of_the_paper_to_half_a_percent(
     assert millions == pytest.approx(published, rel=0.0055)
 
 
+@pytest.mark.slow
 def test_revnet1001_has_about_the_parameters_of_its_twin():
     with torch.device("meta"):
         twin, model = create_model("resnet1001"), create_model("revnet1001")

@@ -609,6 +609,7 @@ def test_calls_without_gradients_compile_into_one_graph(name, backend, device):
         torch.testing.assert_close(samples, again, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_conditional_densities_compile_into_one_graph_for_any_batch(device):
     case = CASES["realnvp-odd-context"]
@@ -622,6 +623,7 @@ def test_conditional_densities_compile_into_one_graph_for_any_batch(device):
             torch.testing.assert_close(compiled(x, context), flow.log_prob(x, context))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     "shapes",

@@ -106,6 +106,7 @@ def test_without_on_progress_nothing_is_printed(settings, linear_model, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_how_often_the_loss_is_read_changes_no_bit(settings, finished, monkeypatch):
     monkeypatch.setitem(loop.STEPS_PER_LOOK, "cpu", 10)  # As on a GPU.
 

@@ -69,6 +69,7 @@ def test_pictures_change_no_bit_of_the_training(flow_settings, finished_flow):
     assert_same_run(flow_settings.out, finished_flow.out)
 
 
+@pytest.mark.slow
 def test_pictures_leave_the_random_numbers_alone(make_flow_settings, tmp_path):
     def random_states(picture_every):
         states = []

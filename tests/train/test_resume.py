@@ -117,6 +117,7 @@ def test_finished_run_resumes_to_itself(settings, finished):
     assert_same_run(settings.out, finished.out)
 
 
+@pytest.mark.slow
 # Step 0 is before the first batch, from which ActNorm starts and after which memory is measured.
 @pytest.mark.parametrize("step", [0, 1, STEPS_PER_EPOCH, MID_EPOCH])
 def test_flow_that_was_killed_resumes_to_the_same_bits(flow_settings, finished_flow, step):
