@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.empty(0, device=name)
     except (AssertionError, RuntimeError) as error:
         raise pytest.UsageError(f"--device {name}: {error}") from None
+    # By it pytest-benchmark takes what a test starts for a worker, too, and measures nothing.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     if name != "cpu" and os.environ["TRITON_INTERPRET"] == "1":
         raise pytest.UsageError(f"--device {name} needs TRITON_INTERPRET=0, as in make gpu-test")
 

@@ -105,7 +105,7 @@ def bench_glow(benchmark, method, plan, pictures, data):
 
 def build(plan: flow_likelihood.Plan, seed: int, *, exact: bool) -> Trainee:
     torch.manual_seed(seed)
-    model = flow_likelihood.build_ours(plan, 3, "rebuild", exact=exact)
+    model = flow_likelihood.build_ours(plan, 3, exact=exact)
     return Trainee(model, model.nll)
 
 

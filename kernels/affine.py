@@ -18,7 +18,7 @@ def transform(
     if INVERSE:
         return (x - shift) * exp(-log_s), -log_s
     else:
-        return x * exp(log_s) + shift, log_s
+        return x * factor(raw, log_s, SCALE) + shift, log_s
 
 
 @triton.jit
@@ -35,12 +35,22 @@ def transform_bwd(
         dshift = -dx
         dlog_s = -dy * y - dlog_det
     else:
-        scaled = given - shift if FROM_OUTPUT else given * exp(log_s)
-        x = scaled * exp(-log_s) if FROM_OUTPUT else given
-        dx = dy * exp(log_s)
+        s = factor(raw, log_s, SCALE)
+        scaled = given - shift if FROM_OUTPUT else given * s
+        x = scaled / s if FROM_OUTPUT else given
+        dx = dy * s
         dshift = dy
         dlog_s = dy * scaled + dlog_det
     return x, dx, dlog_s * slope, dshift
+
+
+@triton.jit
+def factor(raw, log_s, SCALE: tl.constexpr):
+    """The scale itself, for a sigmoid without the detour over its logarithm."""
+    if SCALE == "sigmoid":
+        return sigmoid(raw + 2) + 1e-3
+    else:
+        return exp(log_s)
 
 
 @triton.jit

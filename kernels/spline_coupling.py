@@ -303,7 +303,8 @@ def solve(v, height, s, slope_left, slope_right):
     c = -s * v
     theta = 2 * c / (-b - tl.sqrt(tl.maximum(b * b - 4 * a * c, 0)))
     # Rounding may put it outside, where a slope may be negative. A NaN stays.
-    return tl.where(theta < 0, 0, tl.where(theta > 1, 1, theta))
+    theta = tl.maximum(theta, 0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(theta, 1, propagate_nan=tl.PropagateNan.ALL)
 
 
 def couple(

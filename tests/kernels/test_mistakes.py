@@ -20,8 +20,8 @@ MISTAKES = {
     "sign of the shift": (
         "affine_coupling::test_call_and_gradients_are_as_close_to_exact_as_eager",
         "affine",
-        "return x * exp(log_s) + shift",
-        "return x * exp(log_s) - shift",
+        "return x * factor(raw, log_s, SCALE) + shift",
+        "return x * factor(raw, log_s, SCALE) - shift",
     ),
     "input for output": (
         "affine_coupling::test_call_and_gradients_are_as_close_to_exact_as_eager",
