@@ -144,7 +144,7 @@ def test_the_errors_on_the_page_on_exactness_are_those_of_its_results():
         "RevTorch 0.2.4": "revtorch==0.2.4",
     }
 
-    assert len(rows) == 12 + 8
+    assert len(rows) == 12 + 10
     for precision, name, figures in rows:
         assert (precision, names.get(name, name), figures) in measured
 
