@@ -9,9 +9,11 @@ RUNS := runs
 # The GPU targets install nothing: without a .venv they use the Python that has torch.
 PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-# As many processes as there are cores; each takes up to 2 GB.
+# As many processes as there are cores, each with up to 2 GB. The tests of a file share one, and
+# with it what takes long to make: a wheel, a run of the demo, the compiled kernels.
 PROCESSES ?= logical
-TESTS := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 8 --dist loadgroup
+TESTS := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 8 \
+	--dist loadfile --no-loadscope-reorder
 # The tests compile more than 3,000 variants of the kernels, a number of processes at a time.
 GPU_PARTS := $(addprefix gpu-test-,1 2 3 4 5 6 7 8 9 10 11 12)
 

@@ -23,9 +23,6 @@ from benchmarks.twins_report import describe_outcome, result_table
 from revlib.train import Settings
 from revlib.train.classification import Classification
 
-# The demo runs once for all tests.
-pytestmark = pytest.mark.xdist_group("demo")
-
 ROOT = Path(__file__).parents[1]
 
 

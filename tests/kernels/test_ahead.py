@@ -17,8 +17,7 @@ from tests.kernels.ahead import TARGETS, Figures, table
 
 ROOT = Path(__file__).parents[2]
 
-# One process compiles for all tests.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ahead")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
