@@ -43,11 +43,12 @@ class IRevNet(nn.Module):
     that grows with depth. (The published code keeps every activation.)
 
     The trunk is exact unless told otherwise: images come back bit for bit, and gradients are those
-    of the stored run, which rounds alike. With `exact=False` its values are not rounded to multiples of 2**-12, but
-    what backward rebuilds is a little off, which batch norm in young networks magnifies: their
-    gradients are off from the stored run's, under autocast to bfloat16 by much. A trunk whose
-    image is padded with more channels than it has then also keeps the input of its second
-    coupling. Train on normalised images: on raw pixels a :class:`revlib.DriftWarning` may tell.
+    of the stored run, which rounds alike. With `exact=False` its values are not rounded to
+    multiples of 2**-12, but what backward rebuilds is a little off, which batch norm in young
+    networks magnifies: their gradients are off from the stored run's, under autocast to bfloat16
+    by much. A trunk whose image is padded with more channels than it has then also keeps the input
+    of its second coupling. Train on normalised images: on raw pixels a
+    :class:`revlib.DriftWarning` may tell.
 
     Weights are drawn as PyTorch draws them, as in the published code. Those that the ResNets start
     with are larger: until the running statistics of batch norm are those of the data, activations
