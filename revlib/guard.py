@@ -135,7 +135,7 @@ def spread(x: Tensor, n_streams: int) -> Tensor:
     # In the order of memory, which for channels_last is not that of a view of the whole; a sample
     # of both halves of a pair is as long as one of the whole.
     size = x.numel()
-    step = max(1, SHARE, math.ceil(size * n_streams / POSITIONS))
+    step = max(SHARE, math.ceil(size * n_streams / POSITIONS))
     # With a divisor in common with a size, the same rows or columns would be met again and again.
     while math.gcd(step, size) > 1:
         step += 1
