@@ -7,11 +7,12 @@ and compared with what backward makes of them at the end of the stretch.
 
 import math
 import warnings
-from functools import cache
+from functools import cache, lru_cache, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from revlib.streams import Streams
 
@@ -29,25 +30,33 @@ class Guard:
 
     Attributes:
         chain: What warnings call the chain.
-        error: The largest error of the latest backward pass, relative to the largest value, as a
-            tensor on the stream's device, or the error itself where all values are 0; None
-            before there was one.
     """
 
     def __init__(self) -> None:
         self.chain = ""
-        self.error: Tensor | None = None
+        self._errors: list[float | Tensor] = []
         self._backward_pass: int | None = None
         self._arriving: list[tuple[str, float, Tensor, Any]] = []
 
     def __reduce__(self) -> tuple[type["Guard"], tuple[()]]:
         return type(self), ()  # a copy of a chain has run no backward
 
+    @property
+    def error(self) -> Tensor | None:
+        """The largest error of the latest backward pass, relative to the largest value.
+
+        It is the error itself where all values are 0; a tensor on the stream's device; None
+        before there was a backward pass.
+        """
+        if not self._errors:
+            return None
+        return torch.stack([torch.as_tensor(error) for error in self._errors]).amax()
+
     def sample(self, streams: Streams, *, starts: bool) -> Tensor | None:
         """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does."""
         if not starts or not all(map(has_values, streams)):
             return None
-        return torch.cat([spread(x, len(streams)) for x in streams])
+        return drawn(streams)
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
         """Notes how far a rebuilt input is off.
@@ -58,18 +67,12 @@ class Guard:
             rebuilt: The rebuilt input, in the layout of the original.
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
-        off = largest(self.sample(rebuilt, starts=True) - kept)
-        sampled = largest(kept)
-        size = torch.stack([sampled, *map(largest, rebuilt)]).amax()
-        # Zeros come back as rounding errors, whose size means nothing.
-        size = torch.maximum(size, sampled == 0)
-        # Plus 0 times the size: NaN where any value is not finite, sampled or not.
-        error = torch.add(off / size, size, alpha=0)
+        error = relative_error(drawn(rebuilt), kept, rebuilt)
         self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
         backward_pass = torch._C._current_graph_task_id()
-        if self.error is not None and self._backward_pass == backward_pass:
-            error = torch.maximum(self.error, error)
-        self.error, self._backward_pass = error, backward_pass
+        if self._backward_pass != backward_pass:
+            self._errors, self._backward_pass = [], backward_pass
+        self._errors.append(error)
 
     def look(self) -> None:
         """Warns of errors on a GPU that have arrived: nothing waits for the others."""
@@ -77,15 +80,15 @@ class Guard:
             label, bound, error, _ = self._arriving.pop(0)
             warn(label, bound, error.item())
 
-    def _say(self, label: str, bound: float, error: Tensor) -> None:
-        if error.is_cuda:
-            copy = torch.empty((), dtype=error.dtype, pin_memory=True)
-            copy.copy_(error, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._arriving.append((label, bound, copy, event))
-        else:
-            warn(label, bound, error.item())
+    def _say(self, label: str, bound: float, error: float | Tensor) -> None:
+        if isinstance(error, float):
+            warn(label, bound, error)
+            return
+        copy = torch.empty((), dtype=error.dtype, pin_memory=True)
+        copy.copy_(error, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._arriving.append((label, bound, copy, event))
 
 
 class Probe(Guard):
@@ -104,9 +107,8 @@ class Probe(Guard):
         return torch.cat([x.flatten() for x in streams])
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
-        size = largest(kept)
-        error = largest(self.sample(rebuilt, starts=True) - kept) / torch.where(size == 0, 1, size)
-        self.errors.append((label, error.item(), bound_for(rebuilt, exact=exact)))
+        error = relative_error(self.sample(rebuilt, starts=True), kept, rebuilt)
+        self.errors.append((label, float(error), bound_for(rebuilt, exact=exact)))
 
     def report(self) -> str:
         """Says which block is the first one, from the end of the chain, to be off."""
@@ -130,25 +132,52 @@ def has_values(x: Tensor) -> bool:
     return type(x) is Tensor and not x.is_meta and x.numel() > 0
 
 
-def spread(x: Tensor, n_streams: int) -> Tensor:
-    """Returns a view of the values at fixed places all over `x`, which is dense."""
-    # In the order of memory, which for channels_last is not that of a view of the whole; a sample
-    # of both halves of a pair is as long as one of the whole.
-    size = x.numel()
-    step = max(SHARE, math.ceil(size * n_streams / POSITIONS))
-    # With a divisor in common with a size, the same rows or columns would be met again and again.
-    while math.gcd(step, size) > 1:
-        step += 1
-    return x.detach().as_strided((math.ceil(size / step),), (step,))
+def drawn(streams: Streams) -> Tensor:
+    """Returns the values at fixed random places of streams, which are dense."""
+    # A sample of both halves of a pair is as long as one of the whole.
+    most = POSITIONS // len(streams)
+    # In the order of memory, which for channels_last is not that of a view of the whole.
+    parts = [
+        x.as_strided((x.numel(),), (1,)).index_select(0, places(x.numel(), most, x.device))
+        for x in streams
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def largest(x: Tensor) -> Tensor:
-    """Returns the size of the largest value; NaN if one is."""
-    if x.is_complex():
-        return x.detach().abs().amax()
-    # On a CPU in a tenth of the time that a norm takes.
-    low, high = torch.aminmax(x.detach())
-    return torch.maximum(high, -low)
+@lru_cache(maxsize=64)
+def places(size: int, most: int, device: torch.device) -> Tensor:
+    """Returns one place drawn of each of equal parts of `size`, so that none is left out."""
+    n = min(most, math.ceil(size / SHARE))
+    # The process keeps it: it must be neither fake nor counted with what a step takes.
+    with _disable_current_modes():
+        generator = torch.Generator("cpu").manual_seed(0)
+        part = torch.arange(n, dtype=torch.float64, device="cpu")
+        part += torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
+        return (part * (size / n)).long().clamp_(max=size - 1).to(device)
+
+
+def relative_error(again: Tensor, before: Tensor, rebuilt: Streams) -> float | Tensor:
+    """Returns how far values are from what they were, relative to the largest of the stream.
+
+    Returns:
+        A tensor on a GPU, for which nothing waits, and a number elsewhere; NaN if any value of
+        the rebuilt stream is infinite or NaN.
+    """
+    ranges = [torch.aminmax(real(x)) for x in (again - before, before, *rebuilt)]
+    if before.is_cuda:
+        maximum = torch.maximum
+    else:
+        # Numbers take a tenth of the time that tensors of one value do.
+        ranges = [(low.item(), high.item()) for low, high in ranges]
+        maximum = max
+    off, kept, *sizes = (maximum(-low, high) for low, high in ranges)
+    size = reduce(maximum, sizes, kept)
+    # Zeros come back as rounding errors, whose size means nothing.
+    return off / (size + (kept == 0)) + 0 * sum(sizes)
+
+
+def real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def bound_for(streams: Streams, *, exact: bool) -> float:

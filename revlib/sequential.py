@@ -130,9 +130,10 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
     def rebuild_error(self) -> Tensor | None:
         """How far the latest backward pass rebuilt the chain's input from what it was.
 
-        It is the largest error of up to 4096 values, at fixed places of each stretch of rebuilt
-        blocks, relative to the largest of them: a tensor on the stream's device, so that nothing
-        waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning` tells of it.
+        It is the largest error of up to 4096 values, at fixed random places of each stretch of
+        rebuilt blocks, relative to the largest of them: a tensor on the stream's device, so that
+        nothing waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning`
+        tells of it.
         None before the first backward pass, and 0 for an exact chain.
         """
         return self._guard.error

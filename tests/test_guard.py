@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import revlib
 from revlib import AdditiveCoupling, DriftWarning, InvertibleModule, ReversibleSequential, flows
 from revlib.finite import NonFiniteError
-from revlib.guard import spread
+from revlib.guard import drawn, places
 
 
 def backward(chain: ReversibleSequential, *args: Tensor) -> None:
@@ -204,30 +204,61 @@ def test_tensors_without_values_are_left_alone():
     assert fake.rebuild_error is None and chain.rebuild_error is None
 
 
+@pytest.mark.parametrize("size", [1, 15, 512, 6_143, 65_537, 2**33])
+def test_the_places_are_drawn_one_of_each_equal_part(size):
+    found = places.__wrapped__(size, 4096, torch.device("cpu"))
+
+    n = min(4096, math.ceil(size / 16))
+    parts = torch.arange(n)
+    assert ((found + 1) * n > parts * size).all() and (found * n < (parts + 1) * size).all()
+    within = (found * n % size) / size  # where in its part each lies
+    if n == 4096:
+        assert len(within.unique()) > 1000  # not spread by a fixed step
+        assert abs(within.mean() - 0.5) < 0.02 and abs(within.std() - 12**-0.5) < 0.02
+
+
 @pytest.mark.parametrize(
     "shape",
-    [(64, 8), (16, 3, 16, 16), (9, 21, 11, 13), (1, 17, 38, 40), (2, 8, 96, 96), (2, 4, 9, 15, 6)],
+    [(16, 3, 16, 16), (9, 21, 11, 13), (1, 17, 38, 40), (2, 8, 96, 96), (2, 4, 9, 15, 6)],
     ids=str,
 )
 @pytest.mark.parametrize("dense", [torch.contiguous_format, torch.channels_last])
 def test_a_sample_meets_every_row_of_every_dimension(shape, dense):
     if dense == torch.channels_last and len(shape) == 5:
         dense = torch.channels_last_3d
-    x = torch.arange(math.prod(shape)).view(shape)
+    x = torch.arange(math.prod(shape)).view(shape).contiguous(memory_format=dense)
 
-    values = spread(x.contiguous(memory_format=dense) if len(shape) > 2 else x, 1)
+    values = drawn((x,))
 
-    assert min(4096, x.numel() / 16) / 1.4 < len(values) <= min(4096, math.ceil(x.numel() / 16))
+    assert len(values) == min(4096, math.ceil(x.numel() / 16))
     for size, place in zip(shape, torch.unravel_index(values, shape), strict=True):
-        assert len(place.unique()) == size or 2 * size > len(values)
+        assert len(place.unique()) == size
 
 
-def test_the_places_of_a_sample_are_fixed():
+def test_a_sample_of_both_halves_is_as_long_as_one_of_the_whole():
+    whole = torch.randn(64, 4096)
+
+    assert len(drawn((whole,))) == len(drawn(tuple(whole.chunk(2)))) == 4096
+
+
+def test_the_places_of_a_sample_are_fixed_and_draw_no_number_of_the_callers():
     x = torch.randn(64, 64)
     before = torch.get_rng_state()
 
-    assert torch.equal(spread(x, 1), spread(x.clone(), 1))
+    found = drawn((x,))
+    places.cache_clear()
+
+    assert torch.equal(found, drawn((x.clone(),)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_places_outlive_the_mode_they_are_drawn_under():
+    places.cache_clear()
+
+    with FakeTensorMode(), torch.device("meta"):
+        found = places(512, 4096, torch.device("cpu"))
+
+    assert type(found) is Tensor and found.device.type == "cpu"
 
 
 def test_anchors_bound_drift(device):
@@ -359,7 +390,17 @@ def test_a_value_that_is_not_finite_is_told_of_wherever_it_is(device):
         chain(x)[:, 8:].sum().backward()
 
 
-@pytest.mark.parametrize("x", [torch.zeros(64, 8), torch.eye(64, 8)], ids=["zeros", "one-hot"])
+def one_among_small_ones() -> Tensor:
+    x = torch.full((64, 8), 1e-7)
+    x[5, 6] = 1.0  # no place that the sample looks at
+    return x
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(64, 8), torch.eye(64, 8), one_among_small_ones()],
+    ids=["zeros", "one-hot", "one-among-small-ones"],
+)
 def test_streams_of_many_zeros_are_no_drift(x):
     chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(8)))
 
