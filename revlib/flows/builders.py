@@ -118,8 +118,8 @@ def realnvp(
         blocks: The number of residual blocks of a conditioner, for images; 8, if not given.
         dequantize: As for :func:`revlib.flows.nice`; a :class:`revlib.flows.Logit` follows.
         context: The number of features or channels of the conditioning input, 0 for none. For
-            images it is a vector, or an image whose height and width are those of the data:
-            every level averages it to its own.
+            images it is a vector, or an image whose height and width are those of the data or
+            multiples of them: every level averages it to its own.
         policy: As for :class:`revlib.flows.FlowSequential`.
         exact: As for :class:`revlib.flows.FlowSequential`.
         subnet_constructor: Builds a conditioner as `subnet_constructor(c_in, c_out)`; by default

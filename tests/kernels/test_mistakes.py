@@ -1,14 +1,13 @@
 """Mistakes that the kernels' tests must see: each is made in a copy, and must turn a test red."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import revlib
 import revlib.kernels
+from tests.kernels.forked import run_pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
@@ -278,11 +277,6 @@ def test_a_mistake_turns_a_test_red(test, file, right, wrong, tmp_path):
     assert source.count(right) == 1
     mistaken.write_text(source.replace(right, wrong))
 
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-xq", f"tests/test_{test.replace('::', '.py::')}"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    output = run_pytest(tmp_path, "-xq", f"tests/test_{test.replace('::', '.py::')}")
 
-    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout
+    assert f"\nFAILED tests/test_{test.replace('::', '.py::')}" in output, output
