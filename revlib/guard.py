@@ -68,11 +68,12 @@ class Guard:
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
         error = relative_error(drawn(rebuilt), kept, rebuilt)
-        self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
         backward_pass = torch._C._current_graph_task_id()
         if self._backward_pass != backward_pass:
             self._errors, self._backward_pass = [], backward_pass
         self._errors.append(error)
+        # Last, for it raises where warnings are errors.
+        self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
 
     def look(self) -> None:
         """Warns of errors on a GPU that have arrived: nothing waits for the others."""

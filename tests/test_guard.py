@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import revlib
 from revlib import AdditiveCoupling, DriftWarning, InvertibleModule, ReversibleSequential, flows
 from revlib.finite import NonFiniteError
-from revlib.guard import drawn, places
+from revlib.guard import drawn, places, relative_error
 
 
 def backward(chain: ReversibleSequential, *args: Tensor) -> None:
@@ -64,6 +64,17 @@ def test_rebuild_error_tells_how_far_the_rebuilt_input_is_off(device):
 
     # The first half is off by this share; the sample may miss its largest value.
     assert 0.5e-4 < chain.rebuild_error < 2.1e-4
+
+
+def test_rebuild_error_is_there_where_the_warning_is_an_error(device):
+    chain = with_drift(0.02, at=0).to(device)
+
+    with warnings.catch_warnings(), pytest.raises(DriftWarning):
+        warnings.simplefilter("error")
+        backward(chain, torch.randn(64, 8, device=device))
+        backward(chain, torch.randn(64, 8, device=device))  # which tells of the first on a GPU
+
+    assert chain.rebuild_error > 1e-3
 
 
 def test_drift_is_warned_of_and_the_block_is_found(device):
@@ -409,6 +420,26 @@ def test_streams_of_many_zeros_are_no_drift(x):
         backward(chain, x)
 
     assert chain.rebuild_error < 1e-5
+
+
+class OnGPU(Tensor):
+    """A tensor that says it is on a GPU, as which a guard computes in tensors."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("before", [torch.zeros(9), torch.arange(-8.0, 1)], ids=["zeros", "some"])
+@pytest.mark.parametrize("rest", [0.5, 3e9, torch.inf, -torch.inf, torch.nan])
+def test_on_a_gpu_the_error_is_computed_as_elsewhere(before, rest):
+    again = before + 1e-3
+    rebuilt = (again[:4], torch.tensor([rest, 1.0]))
+
+    found = relative_error(again.as_subclass(OnGPU), before.as_subclass(OnGPU), rebuilt)
+
+    assert isinstance(found, Tensor)
+    expected = relative_error(again, before, rebuilt)
+    torch.testing.assert_close(found.item(), expected, equal_nan=True, rtol=1e-6, atol=0)
+    assert math.isfinite(expected) == math.isfinite(rest)
 
 
 def test_rebuild_error_is_the_worst_of_all_stretches_of_a_backward_pass(device):
