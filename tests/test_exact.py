@@ -125,6 +125,39 @@ def test_half_precision_changes_nothing_of_it(name, how, dtype, device):
     assert got["y0"].dtype == (dtype if how == "module" else torch.float)
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: flows.ActNorm(6),
+        lambda: flows.DiagonalScaling((6, 3, 3)),
+        lambda: flows.AffineCoupling(nn.Conv2d(3, 6, 1)),
+        lambda: flows.AffineCoupling(nn.Conv2d(6, 12, 1), mask="checkerboard"),
+        lambda: flows.MultiplicativeCoupling(nn.Conv2d(3, 3, 1)),
+        lambda: flows.InvertibleConv1x1(6),
+        lambda: flows.InvertibleConv1x1(6, lu=False),
+        lambda: flows.ActNormConv1x1(6),
+        lambda: flows.ActNormConv1x1(6, lu=False),
+    ],
+    ids="actnorm scaling affine checkerboard multiplicative lu matrix both both-matrix".split(),
+)
+def test_a_layer_may_stand_in_several_places(make, direction, device):
+    layer = make()
+    chain = flows.FlowSequential(*[layer] * 4, exact=True).to(device)
+    x = torch.randn(3, 6, 3, 3, device=device) / 4
+    with torch.no_grad():
+        chain(x)
+        for parameter in layer.parameters():
+            parameter.mul_(0.5)
+
+    def gradients(policy: str) -> tuple[Tensor, ...]:
+        chain.policy = policy
+        y, log_det = getattr(chain, direction)(x)
+        return torch.autograd.grad(y.square().mean() + log_det.mean(), chain.parameters())
+
+    assert all(map(torch.equal, gradients("rebuild"), gradients("store")))
+
+
 def test_weights_of_a_chain_may_be_used_around_it_under_autocast(device):
     shared = nn.Linear(4, 4)
     blocks = [AdditiveCoupling(nn.Sequential(shared, nn.Tanh()), mlp(4)) for _ in range(3)]

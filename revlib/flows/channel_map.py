@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from revlib.dispatch import gradient_is_recorded
-from revlib.evaluate import Evaluate, Replay
+from revlib.evaluate import Evaluate, Replay, apart
 from revlib.flows.actnorm import ActNorm
 from revlib.flows.checks import check_channel_count, check_channels
 from revlib.flows.layer import FlowLayer, wide_sum, zeros
@@ -184,10 +184,11 @@ class InvertibleConv1x1(ChannelMap):
 
     def weights(self) -> tuple[Tensor, None, Tensor]:
         if not self.lu:
-            weight = self.weight  # once: a parametrization may give another one each time
+            weight = apart(self.weight)  # once: a parametrization may give another one each time
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             return weight, None, torch.linalg.slogdet(wide).logabsdet
         lu = self.lu_factors()
+        lu = lu._replace(log_diagonal=apart(lu.log_diagonal))
         with autocast_off(lu.lower.device):
             return lu.matrix(), None, wide_sum(lu.log_diagonal)
 
@@ -240,6 +241,7 @@ class ActNormConv1x1(ChannelMap):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         log_scale, bias = self.actnorm.weights()
+        log_scale = apart(log_scale)
         matrix, _, log_abs_det = self.conv.weights()
         with autocast_off(matrix.device):
             return matrix * log_scale.exp(), matrix @ bias, log_abs_det + wide_sum(log_scale)
