@@ -152,10 +152,10 @@ def run_chain(
         return _run_rebuilding(legs, streams, entry, context, latents, tape)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError("torch.func transforms take no exact chain; use exact=False")
-    traced = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    may_be_traced = not torch.is_grad_enabled() or torch.compiler.is_exporting()
     # A traced graph could not ask whether all values were in range.
-    run = _run_exactly if traced else _run_exactly_untraced
-    return run(legs, streams, entry, context, latents, None if keeps_all else guard, keeps_all)
+    run = _run_exactly if may_be_traced else _run_exactly_untraced
+    return run(legs, streams, entry, context, latents, guard, keeps_all)
 
 
 def _run_exactly(
@@ -189,13 +189,10 @@ def _run_exactly(
     beside = [t for extra in outcome.extras for t in extra if t is not None]
     leaving = iter(exact.leave((*streams, *beside)))
     streams = exact.narrowed(islice(leaving, len(streams)))
-    extras = [
-        tuple(
-            t if t is None else next(leaving) if i == 0 else exact.narrowed([next(leaving)])[0]
-            for i, t in enumerate(extra)
-        )
-        for extra in outcome.extras
-    ]
+    extras = []
+    for extra in outcome.extras:
+        passed = [None if t is None else next(leaving) for t in extra]
+        extras.append((*passed[:1], *exact.narrowed(passed[1:])))  # a log_det stays wide
     return Outcome(leave(streams), extras, outcome.state_bytes)
 
 

@@ -21,7 +21,7 @@ class Coupling(InvertibleModule):
         for name, network in networks.items():
             if not isinstance(network, nn.Module):
                 raise TypeError(f"{name} must be a module; got {type(network).__name__}")
-        if not isinstance(split_dim, int):
+        if isinstance(split_dim, bool) or not isinstance(split_dim, int):
             raise TypeError(f"split_dim must be an integer; got {split_dim!r}")
         for name, network in networks.items():
             setattr(self, name, network)

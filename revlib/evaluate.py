@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import graph
 from revlib.exact import Exact
-from revlib.finite import check_finite, in_anomaly_mode
+from revlib.finite import NonFiniteError, check_finite, in_anomaly_mode
 from revlib.replay import (
     Autocast,
     Evaluation,
@@ -104,14 +104,16 @@ class Evaluate:
         if self.exact is not None and self.exact.narrow is not None:
             x = tree_map(lambda stream: stream.to(self.exact.narrow), x)
         streams = (x,) if isinstance(x, Tensor) else x
-        versions = _versions(streams)
+        needed = (*streams, self.context)
+        versions = _versions(needed)
         args = (x,) if self.context is None else (x, self.context)
         value = self._call(module, args if self.exact is None else tree_map(apart, args))
-        if _versions(streams) != versions:
+        if _versions(needed) != versions:
+            what = "context" if _versions(streams) == versions[: len(streams)] else "input"
             raise RuntimeError(
-                f"{self.label}: {kind_of(module)} changed its input in place, but that "
-                "input is a stream of the block and still needed; make the first operation of "
-                "the sub-network out of place (inplace=False)"
+                f"{self.label}: {kind_of(module)} changed its {what} in place, but the stream and "
+                "the context of a block are still needed; make the first operation of the "
+                "sub-network out of place (inplace=False)"
             )
         if in_anomaly_mode():
             check_finite(self.label, f"what {kind_of(module)} returned", value)
@@ -274,7 +276,7 @@ class Replay(Evaluate):
         """
         if not in_closed_form:
             return self.vjp_streams(lambda _, evaluate: evaluate.weights(block), ())
-        evaluation = self._pending[Method(block, "weights")].pop()
+        evaluation = self._take(Method(block, "weights"))
         with torch.no_grad(), self._as_the_first_time(evaluation, ()):
             weights, gradients_of = super()._call(Method(block, "weights_and_pullback"), ())
 
@@ -322,8 +324,11 @@ class Replay(Evaluate):
                         accumulate_grad=False,
                     )
                 except Exception as error:
+                    where = f"{self.label}, going back through a sub-network"
+                    if in_anomaly_mode() and "returned nan values" in str(error):
+                        raise NonFiniteError(f"{where}: {error}") from error
                     with suppress(Exception):
-                        error.add_note(f"{RAISED} {self.label}, going back through a sub-network")
+                        error.add_note(f"{RAISED} {where}")
                     raise
             for leaf, gradient in zip(leaves, found[len(streams) :], strict=True):
                 self._collect(leaf, gradient)
@@ -342,13 +347,24 @@ class Replay(Evaluate):
             return super()._call(inverse_of(module), args)
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        evaluation = self._pending[module].pop()
+        evaluation = self._take(module)
         if args and isinstance(args[0], Tensor):
             args = (in_layout(args[0], evaluation.layouts[0]), *args[1:])
         elif args:
             args = (tuple(map(in_layout, args[0], evaluation.layouts)), *args[1:])
         with self._as_the_first_time(evaluation, args):
             return super()._call(module, args)
+
+    def _take(self, module: nn.Module | Method) -> Evaluation:
+        """Returns what was recorded of the evaluation that is now to be replayed."""
+        pending = self._pending[module]
+        if not pending:
+            raise RuntimeError(
+                f"{self.label}: backward evaluates {kind_of(module)} more often than forward did; "
+                "a block must evaluate the same sub-networks in both, as often, and nothing may "
+                "take the place of one in between"
+            )
+        return pending.pop()
 
     def _as_the_first_time(
         self, evaluation: Evaluation, args: tuple[Any, ...]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from revlib.streams import Streams
 
-# At most, of each stretch; of a small stream no more than one in SHARE.
+# Of each stretch; of a small stream one in SHARE, which leaves memory to the stream.
 POSITIONS = 4096
 SHARE = 16
 

@@ -38,7 +38,9 @@ class InvertibleModule(nn.Module):
         cheap_forward: Likewise, whether the forward direction undoes the inverse one. Where a
             block says False, as one whose inverse rounds, `chain.inverse` stores it.
         magnifies_rounding: Whether rounding errors of a rebuilt input would grow in the block
-            beyond use. A chain that is not exact recomputes a block that says so.
+            beyond use. A chain that is not exact recomputes a block that says so; and the first
+            block behind a :class:`revlib.PadChannels`, whose zeros come back as such errors,
+            unless it says False.
         can_be_exact: Whether the methods on streams change values by `evaluate.add`,
             `evaluate.subtract` and the methods of `evaluate.exact` alone, or only move them. Other
             blocks are recomputed in an exact chain.
@@ -63,7 +65,7 @@ class InvertibleModule(nn.Module):
     form: Form = "whole"
     cheap_inverse: bool = True
     cheap_forward: bool = True
-    magnifies_rounding: bool = False
+    magnifies_rounding: bool | None = None
     can_be_exact: bool = False
     on_streams: bool = False
     n_latents: int = 0

@@ -83,6 +83,9 @@ class PadChannels(Rearrangement):
     `chain` undoes `chain.inverse` only where those channels were zeros; a chain that is trained
     through `inverse` therefore keeps the padded stream beside its output.
 
+    In a chain of floats the zeros would come back as rounding errors, which a norm and a ReLU
+    take for values; so the next block that computes is recomputed from its kept input.
+
     Args:
         extra: How many channels to append.
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Self, get_args
 
@@ -14,6 +14,7 @@ from revlib.diagnosis import find_drift, find_nonfinite
 from revlib.evaluate import kind_of
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
+from revlib.rearranging import PadChannels, Rearrangement
 from revlib.replay import is_altered
 from revlib.streams import Stream
 
@@ -133,8 +134,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         It is the largest error of up to 4096 values, at fixed random places of each stretch of
         rebuilt blocks, relative to the largest of them: a tensor on the stream's device, so that
         nothing waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning`
-        tells of it.
-        None before the first backward pass, and 0 for an exact chain.
+        tells of it. 0 for an exact chain, and None before a backward pass has rebuilt anything.
         """
         return self._guard.error
 
@@ -234,12 +234,30 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             raise ValueError(
                 f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
             )
-        return [
+        policies = [
             self._policy_in_force(called(name, index), block, policy, asked_for=by_block)
             for index, ((name, block), policy) in enumerate(
                 zip(self._modules.items(), named, strict=True)
             )
         ]
+        for index, block in () if self.exact else self._meet_padding():
+            if policies[index] == "rebuild" and block.magnifies_rounding is None:
+                policies[index] = "recompute"
+        return policies
+
+    def _meet_padding(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yields the blocks that are the first to compute with padded channels, and their places.
+
+        Not a chain, which would be recomputed whole.
+        """
+        is_padded = False
+        for index, block in enumerate(self):
+            if isinstance(block, Rearrangement):
+                is_padded |= isinstance(block, PadChannels)
+            else:
+                if is_padded and not isinstance(block, ReversibleSequential):
+                    yield index, block
+                is_padded = False
 
     def _policy_in_force(
         self, name: str, block: nn.Module, policy: Policy, *, asked_for: bool

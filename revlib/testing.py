@@ -11,7 +11,7 @@ from revlib.flows.layer import FlowLayer, Latent
 from revlib.flows.sequential import FlowSequential
 from revlib.invertible import InvertibleModule
 from revlib.sequential import ReversibleSequential
-from revlib.streams import Stream, Streams
+from revlib.streams import Stream, Streams, enter
 
 
 def check_inverse(
@@ -37,12 +37,14 @@ def check_inverse(
         atol: The absolute tolerance.
 
     Raises:
+        TypeError: If the block has no inverse, or `x` is no tensor and no pair of them.
         AssertionError: If a value does not come back; it names the block and the worst value.
 
     Example:
         >>> block = revlib.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2)).double()
         >>> revlib.testing.check_inverse(block, torch.randn(3, 4, dtype=torch.double))
     """
+    _check_arguments(block, x)
     block = deepcopy(block).eval()
     args = () if context is None else (context,)
 
@@ -83,6 +85,7 @@ def check_gradients(
 
     Raises:
         AssertionError: If one differs; it names the block, the tensor and the worst value.
+        TypeError: As for :func:`check_inverse`.
         RuntimeError: If the inverse is so wrong that the chain itself refuses to rebuild.
         ValueError: If the block has no cheap inverse, so that chains do not rebuild it.
 
@@ -90,6 +93,7 @@ def check_gradients(
         >>> block = revlib.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> revlib.testing.check_gradients(block, torch.randn(3, 4))
     """
+    _check_arguments(block, x)
     for direction in ("forward", "inverse"):
         got = _gradients(block, x, context, direction, "rebuild")
         want = _gradients(block, x, context, direction, "store")
@@ -150,6 +154,15 @@ def check_log_det(
         want = [_log_det_of_jacobian(label, run, start, args, sample) for sample in range(len(x))]
         want = torch.stack(want) if want else torch.zeros_like(log_det)
         _assert_close(log_det, want, f"{label}: log_det is not that of the Jacobian", 0.0, atol)
+
+
+def _check_arguments(block: object, x: object) -> None:
+    if not isinstance(block, InvertibleModule):
+        raise TypeError(
+            f"block must be a revlib.InvertibleModule, which has an inverse; "
+            f"got {type(block).__name__}"
+        )
+    enter(x)
 
 
 def _log_det_of_jacobian(

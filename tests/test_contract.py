@@ -977,6 +977,34 @@ def test_sub_network_that_edits_its_input_raises(policy, device):
         chain(*CASES["linear"].inputs(device))
 
 
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+def test_sub_network_that_edits_the_context_raises(policy, device):
+    class Conditioned(nn.Module):
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return x.tanh() + nn.functional.silu(context, inplace=True)
+
+    chain = ReversibleSequential(SwapCoupling(Conditioned()), policy=policy).to(device)
+    x, context = torch.randn(2, 5, 6, device=device)
+
+    with pytest.raises(RuntimeError, match=r"block 0 .* changed its context in place"):
+        chain(x.requires_grad_(), context[:, :3])
+
+
+def test_a_block_that_evaluates_more_in_backward_than_in_forward_is_told_so(device):
+    class Eager(SwapCoupling):
+        def backward_streams(self, outputs, gradients, evaluate):
+            evaluate.vjp(self.f, outputs[0])
+            return super().backward_streams(outputs, gradients, evaluate)
+
+    chain = ReversibleSequential(Eager(mlp(3))).to(device)
+    y = chain(torch.randn(5, 6, device=device))
+
+    with pytest.raises(
+        RuntimeError, match=r"block 0 \(Eager\): backward evaluates Sequential more often"
+    ):
+        y.sum().backward()
+
+
 def test_functional_call_with_other_parameters_differentiates_those(device):
     case = CASES["linear"]
     results = []

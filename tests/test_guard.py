@@ -373,6 +373,23 @@ def test_in_anomaly_mode_a_gradient_that_is_not_finite_names_the_block(device):
             loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of anomaly mode
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+def test_in_anomaly_mode_autograds_own_finding_names_the_block_too(policy, device):
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 0).sqrt() * 0  # the gradient is 0 times infinity
+
+    chain = ReversibleSequential(
+        coupling(mlp, 4), AdditiveCoupling(Root(), mlp(4)), policy=policy
+    ).to(device)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss = chain(torch.randn(3, 8, device=device)).sum()
+
+        with pytest.raises(NonFiniteError, match=r"block 1 .*back through .*returned nan"):
+            loss.backward()
+
+
 def test_find_nonfinite_names_the_block_and_leaves_no_trace(device):
     chain = ReversibleSequential(coupling(mlp, 4), Blow(), Blow(), coupling(mlp, 4)).to(device)
     x = torch.ones(3, 8, device=device)

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from revlib import PadChannels, ReversibleSequential, Squeeze, SwapCoupling
+from revlib import (
+    AdditiveCoupling,
+    PadChannels,
+    ReversibleSequential,
+    Squeeze,
+    SwapCoupling,
+    models,
+)
 from revlib.memory import measure_step
 
 
@@ -40,6 +47,7 @@ def test_a_chain_keeps_its_output_and_in_inverse_the_padded_stream_beside_it():
     chain = ReversibleSequential(
         SwapCoupling(torch.nn.Tanh()), PadChannels(4), SwapCoupling(torch.nn.Tanh())
     )
+    chain[2].magnifies_rounding = False  # so that the padding's zeros are no reason to keep more
 
     def saved(run, channels: int) -> int:
         x = torch.randn(64, channels, requires_grad=True)
@@ -72,3 +80,37 @@ def test_bad_arguments_raise(make, error, message):
 
 def test_arguments_are_shown():
     assert "factor=2" in repr(Squeeze()) and "extra=3" in repr(PadChannels(3))
+
+
+def norm_relu_conv(channels: int) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.BatchNorm2d(channels),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(channels, channels, 3, padding=1),
+    )
+
+
+@pytest.mark.parametrize("behind", [[PadChannels(4)], [PadChannels(1), Squeeze()]])
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_meets_padded_channels_first_gets_the_stored_runs_gradients(behind, exact):
+    channels = 4 if len(behind) == 1 else 10
+    blocks = [AdditiveCoupling(*(norm_relu_conv(channels) for _ in "fg")) for _ in range(3)]
+    chain = ReversibleSequential(*behind, *blocks, exact=exact).double()
+    x = torch.randn(8, 4, 8, 8, dtype=torch.double)
+
+    def gradients(policy: str) -> tuple[torch.Tensor, ...]:
+        chain.policy = policy
+        return torch.autograd.grad(chain(x).square().sum(), chain.parameters())
+
+    for got, want in zip(gradients("rebuild"), gradients("store"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    chain.policy = "rebuild"
+    kept = "rebuild" if exact else "recompute"
+    assert chain.policies() == ["rebuild"] * len(behind) + [kept, "rebuild", "rebuild"]
+
+
+def test_an_irevnet_recomputes_no_more_for_that():
+    few, many = (models.irevnet_a(image_shape=(c, 32, 32), exact=False) for c in (16, 3))
+
+    assert few.trunk.policies().count("recompute") == 0
+    assert many.trunk.policies().count("recompute") == 1

@@ -236,8 +236,9 @@ def test_sub_network_that_is_no_module_raises():
 
 
 def test_split_dim_that_is_no_integer_raises():
-    with pytest.raises(TypeError, match="split_dim must be an integer; got 'channels'"):
-        AdditiveCoupling(nn.Tanh(), nn.Tanh(), split_dim="channels")
+    for wrong in ("channels", True):
+        with pytest.raises(TypeError, match=f"split_dim must be an integer; got {wrong!r}"):
+            AdditiveCoupling(nn.Tanh(), nn.Tanh(), split_dim=wrong)
 
 
 @pytest.mark.parametrize("name", ["f", "g"])

@@ -213,6 +213,14 @@ def test_layer_that_loses_elements_is_found():
         check_log_det(Narrow(), torch.randn(5, 6))
 
 
+@pytest.mark.parametrize("check", [check_inverse, check_gradients])
+def test_what_is_no_block_or_no_tensor_is_refused(check):
+    with pytest.raises(TypeError, match=r"must be a revlib.InvertibleModule.* got Linear"):
+        check(nn.Linear(6, 6), torch.randn(5, 6))
+    with pytest.raises(TypeError, match="x must be a tensor or a pair of tensors; got str"):
+        check(coupling(mlp, 3), "x")
+
+
 def test_log_det_of_a_block_without_one_raises():
     with pytest.raises(TypeError, match=r"must be a revlib.flows.FlowLayer.* got AdditiveCoupl"):
         check_log_det(coupling(mlp, 3), torch.randn(5, 6))

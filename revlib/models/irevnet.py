@@ -211,6 +211,8 @@ def couplings(
             padded=padded if place == 0 else 0,
         )
         coupling = SwapCoupling(f, stride=stride)
+        if place == 0:
+            coupling.magnifies_rounding = False  # it makes zeros again of its padded channels
         if both_padded and place == 1:
             # It meets channels that are the same for all images. They have no spread either, and
             # are no zeros: only an input that was kept is free of what batch norm would magnify.
