@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves
 
 from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import ActNorm, refuse_sharded_start
@@ -99,6 +100,12 @@ class Flow(nn.Module):
         check_context(context, len(x))
         context = self._context(len(x), context)
         z, log_det = self._run(x, context)
+        n_in, n_out = (sum(math.prod(t.shape[1:]) for t in tree_leaves(each)) for each in (x, z))
+        if n_in != n_out:
+            raise ValueError(
+                f"the transform must keep the number of elements of a sample; of {n_in} it made "
+                f"{n_out}, which have no density"
+            )
         log_prob = self._base_log_prob(z, log_det) + log_det
         if is_known_nonfinite(log_prob):
             where = self.transform.find_nonfinite(x, context)

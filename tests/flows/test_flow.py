@@ -44,6 +44,23 @@ def linear_flow(device: torch.device | str = "cpu") -> tuple[flows.Flow, Multiva
     )
 
 
+class Drops(flows.FlowLayer):
+    """A layer that is no bijection."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x[:, :2], x.new_zeros(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return nn.functional.pad(z, (0, 1)), z.new_zeros(len(z))
+
+
+def test_a_transform_that_loses_elements_has_no_density():
+    flow = flows.Flow(Drops(), shape=(3,))
+
+    with pytest.raises(ValueError, match="of 3 it made 2, which have no density"):
+        flow.log_prob(torch.randn(5, 3))
+
+
 def test_log_prob_of_a_linear_flow_is_that_of_the_normal_it_makes(device):
     flow, truth = linear_flow(device)
     x = 3 * torch.randn(50, 3, dtype=torch.double, device=device)
