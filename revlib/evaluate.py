@@ -112,8 +112,8 @@ class Evaluate:
             what = "context" if _versions(streams) == versions[: len(streams)] else "input"
             raise RuntimeError(
                 f"{self.label}: {kind_of(module)} changed its {what} in place, but the stream and "
-                "the context of a block are still needed; make the first operation of the "
-                "sub-network out of place (inplace=False)"
+                "the context of a block are still needed; make what it does to them first an "
+                "operation that is not in place (inplace=False)"
             )
         if in_anomaly_mode():
             check_finite(self.label, f"what {kind_of(module)} returned", value)
@@ -442,8 +442,9 @@ class Replay(Evaluate):
 def apart(x: Tensor) -> Tensor:
     """Returns `x` with a place of its own in the graph.
 
-    A sub-network may use its input many times. What it says of the gradient is then added up here,
-    before it is added to the stream's, as in backward by rebuilding: sums in floats have an order.
+    A sub-network may use its input many times, and a layer its weight. What it says of the
+    gradient is then added up here, before it is added to the stream's or to what other layers say
+    of that weight, as in backward by rebuilding: sums in floats have an order.
     """
     return torch.ops.aten.alias(x) if x.requires_grad else x
 

@@ -34,7 +34,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.chain = ""
-        self._errors: list[float | Tensor] = []
+        self._errors: list[tuple[float | Tensor, dict[str, Any]]] = []
         self._backward_pass: int | None = None
         self._arriving: list[tuple[str, float, Tensor, Any]] = []
 
@@ -43,14 +43,14 @@ class Guard:
 
     @property
     def error(self) -> Tensor | None:
-        """The largest error of the latest backward pass, relative to the largest value.
+        """The largest error of the latest backward pass that rebuilt anything, if there was one.
 
-        It is the error itself where all values are 0; a tensor on the stream's device; None
-        before there was a backward pass.
+        It is relative to the largest value of the stream, or to that and 1 more where all values
+        of the sample were 0; a tensor on the stream's device.
         """
         if not self._errors:
             return None
-        return torch.stack([torch.as_tensor(error) for error in self._errors]).amax()
+        return reduce(torch.maximum, (torch.as_tensor(e, **where) for e, where in self._errors))
 
     def sample(self, streams: Streams, *, starts: bool) -> Tensor | None:
         """Returns what to keep of a rebuilt block's input; `starts`: whether a stretch does."""
@@ -71,7 +71,7 @@ class Guard:
         backward_pass = torch._C._current_graph_task_id()
         if self._backward_pass != backward_pass:
             self._errors, self._backward_pass = [], backward_pass
-        self._errors.append(error)
+        self._errors.append((error, {"dtype": kept.dtype.to_real(), "device": kept.device}))
         # Last, for it raises where warnings are errors.
         self._say(f"{self.chain}, from {label}", bound_for(rebuilt, exact=exact), error)
 
@@ -145,7 +145,7 @@ def drawn(streams: Streams) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def places(size: int, most: int, device: torch.device) -> Tensor:
     """Returns one place drawn of each of equal parts of `size`, so that none is left out."""
     n = min(most, math.ceil(size / SHARE))
@@ -154,7 +154,10 @@ def places(size: int, most: int, device: torch.device) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(0)
         part = torch.arange(n, dtype=torch.float64, device="cpu")
         part += torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
-        return (part * (size / n)).long().clamp_(max=size - 1).to(device)
+        found = (part * (size / n)).long().clamp_(max=size - 1)
+        if device.type == "cuda":
+            found = found.pin_memory()  # so that nothing waits for the copy
+        return found.to(device, non_blocking=True)
 
 
 def relative_error(again: Tensor, before: Tensor, rebuilt: Streams) -> float | Tensor:
@@ -174,11 +177,11 @@ def relative_error(again: Tensor, before: Tensor, rebuilt: Streams) -> float | T
     off, kept, *sizes = (maximum(-low, high) for low, high in ranges)
     size = reduce(maximum, sizes, kept)
     # Zeros come back as rounding errors, whose size means nothing.
-    return off / (size + (kept == 0)) + 0 * sum(sizes)
+    return off / (size + (kept == 0)) + sum(0 * each for each in sizes)
 
 
 def real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x) if x.is_complex() else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def bound_for(streams: Streams, *, exact: bool) -> float:

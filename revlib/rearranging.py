@@ -84,7 +84,8 @@ class PadChannels(Rearrangement):
     through `inverse` therefore keeps the padded stream beside its output.
 
     In a chain of floats the zeros would come back as rounding errors, which a norm and a ReLU
-    take for values; so the next block that computes is recomputed from its kept input.
+    take for values; so the next block of the chain that computes is recomputed from its input.
+    Where zeros go further, use `exact=True` (docs/engine.md, "What a chain cannot see").
 
     Args:
         extra: How many channels to append.

@@ -132,8 +132,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """How far the latest backward pass rebuilt the chain's input from what it was.
 
         It is the largest error of up to 4096 values, at fixed random places of each stretch of
-        rebuilt blocks, relative to the largest of them: a tensor on the stream's device, so that
-        nothing waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning`
+        rebuilt blocks, relative to the largest value there: a tensor on the stream's device, so
+        that nothing waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning`
         tells of it. 0 for an exact chain, and None before a backward pass has rebuilt anything.
         """
         return self._guard.error
@@ -203,7 +203,11 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         blocks = list(sequential)
         policies = [None] * len(blocks)
         if isinstance(sequential, ReversibleSequential):
-            policies = sequential.policies()
+            named = sequential.policy
+            named = named if isinstance(named, list) else [named] * len(blocks)
+            # What is recomputed in the place of "rebuild" may be rebuilt here.
+            in_force = zip(named, sequential.policies(), strict=True)
+            policies = [actual if actual == "store" else name for name, actual in in_force]
         for block, policy in zip(blocks, policies, strict=True):
             self.append(block, policy)
         return self

@@ -11,7 +11,7 @@ from revlib.flows.layer import FlowLayer, Latent
 from revlib.flows.sequential import FlowSequential
 from revlib.invertible import InvertibleModule
 from revlib.sequential import ReversibleSequential
-from revlib.streams import Stream, Streams, enter
+from revlib.streams import Stream, Streams
 
 
 def check_inverse(
@@ -162,7 +162,9 @@ def _check_arguments(block: object, x: object) -> None:
             f"block must be a revlib.InvertibleModule, which has an inverse; "
             f"got {type(block).__name__}"
         )
-    enter(x)
+    parts = x if isinstance(x, tuple) else (x,)
+    if len(parts) > 2 or not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(f"x must be a tensor or a pair of tensors; got {type(x).__name__}")
 
 
 def _log_det_of_jacobian(

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import revlib
-from revlib import AdditiveCoupling, DriftWarning, InvertibleModule, ReversibleSequential, flows
+from revlib import (
+    AdditiveCoupling,
+    DriftWarning,
+    InvertibleModule,
+    ReversibleSequential,
+    SwapCoupling,
+    flows,
+)
 from revlib.finite import NonFiniteError
 from revlib.guard import drawn, places, relative_error
 
@@ -72,6 +79,7 @@ def test_rebuild_error_is_there_where_the_warning_is_an_error(device):
     with warnings.catch_warnings(), pytest.raises(DriftWarning):
         warnings.simplefilter("error")
         backward(chain, torch.randn(64, 8, device=device))
+        torch.accelerator.synchronize()
         backward(chain, torch.randn(64, 8, device=device))  # which tells of the first on a GPU
 
     assert chain.rebuild_error > 1e-3
@@ -420,7 +428,8 @@ def test_a_value_that_is_not_finite_is_told_of_wherever_it_is(device):
 
 def one_among_small_ones() -> Tensor:
     x = torch.full((64, 8), 1e-7)
-    x[5, 6] = 1.0  # no place that the sample looks at
+    x[5, 6] = 1.0
+    assert 4 * 5 + 2 not in places(256, 2048, torch.device("cpu"))  # of the second half
     return x
 
 
@@ -454,9 +463,36 @@ def test_on_a_gpu_the_error_is_computed_as_elsewhere(before, rest):
     found = relative_error(again.as_subclass(OnGPU), before.as_subclass(OnGPU), rebuilt)
 
     assert isinstance(found, Tensor)
-    expected = relative_error(again, before, rebuilt)
-    torch.testing.assert_close(found.item(), expected, equal_nan=True, rtol=1e-6, atol=0)
-    assert math.isfinite(expected) == math.isfinite(rest)
+    largest = max(1.0, rest, before.abs().max().item()) + (before.abs().max().item() == 0)
+    expected = 1e-3 / largest if math.isfinite(rest) else math.nan
+    for error in (found.item(), relative_error(again, before, rebuilt)):
+        torch.testing.assert_close(error, expected, equal_nan=True, rtol=1e-3, atol=0)
+
+
+def test_large_values_in_half_precision_are_finite_on_a_gpu_too():
+    half = torch.full((4,), 4e4, dtype=torch.half)
+
+    assert relative_error(half.as_subclass(OnGPU), half.as_subclass(OnGPU), (half, half)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.float, torch.double], ids=str)
+def test_rebuild_error_lies_where_the_stream_does(dtype, device):
+    chain = ReversibleSequential(SwapCoupling(nn.Linear(4, 4))).to(device, dtype)
+    backward(chain, torch.randn(8, 8, device=device, dtype=dtype))
+
+    with torch.device("meta"):
+        error = chain.rebuild_error
+
+    assert error.device.type == device.type and error.dtype == dtype
+
+
+def test_conjugated_streams_are_looked_at(device):
+    chain = ReversibleSequential(SwapCoupling(nn.Tanh())).to(device)
+    z = torch.randn(8, 4, dtype=torch.cfloat, device=device).requires_grad_()
+
+    sum(part.abs().sum() for part in chain((z.conj(), z.conj()))).backward()
+
+    assert chain.rebuild_error < 1e-6
 
 
 def test_rebuild_error_is_the_worst_of_all_stretches_of_a_backward_pass(device):

@@ -109,6 +109,14 @@ def test_what_meets_padded_channels_first_gets_the_stored_runs_gradients(behind,
     assert chain.policies() == ["rebuild"] * len(behind) + [kept, "rebuild", "rebuild"]
 
 
+def test_what_is_recomputed_for_that_is_not_asked_for_in_another_chain():
+    chain = ReversibleSequential(exact=True).extend(
+        ReversibleSequential(PadChannels(4), SwapCoupling(torch.nn.Tanh()))
+    )
+
+    assert chain.policies() == ["rebuild", "rebuild"]
+
+
 def test_an_irevnet_recomputes_no_more_for_that():
     few, many = (models.irevnet_a(image_shape=(c, 32, 32), exact=False) for c in (16, 3))
 

@@ -221,6 +221,10 @@ def test_what_is_no_block_or_no_tensor_is_refused(check):
         check(coupling(mlp, 3), "x")
 
 
+def test_whole_numbers_are_taken_as_floats():
+    check_gradients(coupling(mlp, 3), torch.randint(5, (4, 6)))
+
+
 def test_log_det_of_a_block_without_one_raises():
     with pytest.raises(TypeError, match=r"must be a revlib.flows.FlowLayer.* got AdditiveCoupl"):
         check_log_det(coupling(mlp, 3), torch.randn(5, 6))

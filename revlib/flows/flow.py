@@ -100,12 +100,7 @@ class Flow(nn.Module):
         check_context(context, len(x))
         context = self._context(len(x), context)
         z, log_det = self._run(x, context)
-        n_in, n_out = (sum(math.prod(t.shape[1:]) for t in tree_leaves(each)) for each in (x, z))
-        if n_in != n_out:
-            raise ValueError(
-                f"the transform must keep the number of elements of a sample; of {n_in} it made "
-                f"{n_out}, which have no density"
-            )
+        check_elements(x, z)
         log_prob = self._base_log_prob(z, log_det) + log_det
         if is_known_nonfinite(log_prob):
             where = self.transform.find_nonfinite(x, context)
@@ -160,6 +155,7 @@ class Flow(nn.Module):
                 return x, self.log_prob(x, context)
         z = self._latent(n, context)
         x, log_det = self._run_inverse(z, n, context)
+        check_elements(x, z)
         return x, self._base_log_prob(z, log_det) - log_det
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
@@ -262,3 +258,15 @@ class Flow(nn.Module):
         if context is None:
             return None
         return context.expand(n, *context.shape[1:])
+
+
+def check_elements(x: Tensor, z: Latent) -> None:
+    """Refuses latents that say less than the data; with noise of their own they may say more."""
+    n_data, n_latent = (
+        sum(math.prod(part.shape[1:]) for part in tree_leaves(each)) for each in (x, z)
+    )
+    if n_latent < n_data:
+        raise ValueError(
+            f"the transform must keep the elements of a sample; it has {n_data}, and its latents "
+            f"{n_latent}, so there is no density"
+        )
