@@ -49,14 +49,15 @@ def figures(kernel=1.0, eager=10.0, compiled=2.0, copy=1.0, eager_bytes=4 * MIB)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler's advice is no failure
-def test_everything_is_measured_and_every_kernel_is_right(tmp_path, monkeypatch):
+def test_steps_and_ops_are_measured_and_found_right(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels_on_gpu, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(kernels_on_gpu, "CASES", CASES[::4])
 
     assert kernels_on_gpu.main([str(tmp_path), "--device", "cpu"]) == 0
 
     (path,) = tmp_path.glob("*.json")
     results = Results.read(path)
-    assert len(results.ops) == len(CASES) and len(results.steps) == 4
+    assert len(results.ops) == len(CASES[::4]) and len(results.steps) == 4
 
 
 def test_cases_have_names_of_their_own():

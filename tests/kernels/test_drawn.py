@@ -36,7 +36,7 @@ shapes = st.lists(st.integers(1, 6), min_size=2, max_size=5).map(with_a_large_ba
 
 
 @each_direction
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     shape=shapes,
     layouts=st.tuples(layouts, layouts, layouts),
@@ -59,7 +59,7 @@ def test_drawn_affine_coupling(
 
 
 @each_direction
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     shape=shapes.map(lambda shape: (2 * shape[0], *shape[1:])),  # half of it is kept
     layouts=st.tuples(layouts, layouts, layouts),
@@ -108,7 +108,7 @@ def test_drawn_exact_additive_coupling(
 
 
 @each_direction
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     shape=shapes,
     layouts=st.tuples(layouts, layouts),
@@ -125,7 +125,7 @@ def test_drawn_exact_affine_coupling(shape, layouts, dtype, interleaved, seed, d
 
 
 @each_direction
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     shape=shapes,
     layouts=st.tuples(layouts, layouts),
@@ -142,7 +142,7 @@ def test_drawn_exact_actnorm(shape, layouts, dtype, seed, direction, device):
 
 @each_direction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(shape=shapes, layouts=st.tuples(layouts, layouts), seed=seeds)
 def test_drawn_exact_channel_map(shape, layouts, seed, dtype, direction, device):
     torch.manual_seed(seed)
@@ -152,7 +152,7 @@ def test_drawn_exact_channel_map(shape, layouts, seed, dtype, direction, device)
     exact_channel_map.check(direction, x, matrix, state)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     shape=shapes,
     layouts=st.tuples(layouts, layouts),
@@ -169,7 +169,7 @@ def test_drawn_gaussian_log_prob(shape, layouts, dtype, interleaved, seed, devic
 
 
 @each_direction
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     shape=shapes,
     layouts=st.tuples(layouts, layouts),
