@@ -45,8 +45,8 @@ class Guard:
     def error(self) -> Tensor | None:
         """The largest error of the latest backward pass that rebuilt anything, if there was one.
 
-        It is relative to the largest value of the stream, or to that and 1 more where all values
-        of the sample were 0; a tensor on the stream's device.
+        It is relative to the largest value of the stream, or to that plus 1 if every sampled
+        value was 0; a tensor on the stream's device.
         """
         if not self._errors:
             return None
@@ -155,9 +155,9 @@ def places(size: int, most: int, device: torch.device) -> Tensor:
         part = torch.arange(n, dtype=torch.float64, device="cpu")
         part += torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
         found = (part * (size / n)).long().clamp_(max=size - 1)
-        if device.type == "cuda":
-            found = found.pin_memory()  # so that nothing waits for the copy
-        return found.to(device, non_blocking=True)
+        if device.type == "cuda":  # from pinned memory, so that nothing waits for the copy
+            return found.pin_memory().to(device, non_blocking=True)
+        return found.to(device)
 
 
 def relative_error(again: Tensor, before: Tensor, rebuilt: Streams) -> float | Tensor:

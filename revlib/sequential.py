@@ -129,12 +129,13 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 
     @property
     def rebuild_error(self) -> Tensor | None:
-        """How far the latest backward pass rebuilt the chain's input from what it was.
+        """How far the latest backward pass that rebuilt anything was from what had been.
 
-        It is the largest error of up to 4096 values, at fixed random places of each stretch of
-        rebuilt blocks, relative to the largest value there: a tensor on the stream's device, so
-        that nothing waits for a GPU. Beyond what rounding explains, a :class:`revlib.DriftWarning`
-        tells of it. 0 for an exact chain, and None before a backward pass has rebuilt anything.
+        It is the largest error of 4096 values (of a smaller stream one in 16) at fixed random
+        places of the input of each stretch of rebuilt blocks, relative to the largest value of
+        what was rebuilt: a tensor on the stream's device, so that nothing waits for a GPU. Beyond
+        what rounding explains, a :class:`revlib.DriftWarning` tells of it. 0 for an exact chain,
+        and None before there was such a pass.
         """
         return self._guard.error
 
@@ -188,11 +189,10 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 
     def insert(self, index: int, module: nn.Module, policy: Policy | None = None) -> Self:
         """Adds a block before the one at `index`, under `policy` or the chain's own."""
-        by_block = isinstance(self.policy, list)
-        new = policy or ("rebuild" if by_block else self.policy)
+        new = policy or ("rebuild" if isinstance(self.policy, list) else self.policy)
         self._policy_in_force(str(index), module, new, asked_for=policy is not None)
-        if not by_block and new != self.policy:
-            self._policy = [self.policy] * len(self)
+        if new != self.policy:
+            self._policy = by_block(self.policy, len(self))
         super().insert(index, module)
         if isinstance(self.policy, list):
             self.policy.insert(index, new)
@@ -203,9 +203,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         blocks = list(sequential)
         policies = [None] * len(blocks)
         if isinstance(sequential, ReversibleSequential):
-            named = sequential.policy
-            named = named if isinstance(named, list) else [named] * len(blocks)
             # What is recomputed in the place of "rebuild" may be rebuilt here.
+            named = by_block(sequential.policy, len(blocks))
             in_force = zip(named, sequential.policies(), strict=True)
             policies = [actual if actual == "store" else name for name, actual in in_force]
         for block, policy in zip(blocks, policies, strict=True):
@@ -232,14 +231,14 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         return f"policy={policy}" + ", exact=True" * self.exact
 
     def _resolve(self, policy: Policy | list[Policy]) -> list[Policy]:
-        by_block = isinstance(policy, list)
-        named = policy if by_block else [policy] * len(self)
+        asked_for = isinstance(policy, list)
+        named = by_block(policy, len(self))
         if len(named) != len(self):
             raise ValueError(
                 f"policy must have one entry per block; got {len(named)} for {len(self)} blocks"
             )
         policies = [
-            self._policy_in_force(called(name, index), block, policy, asked_for=by_block)
+            self._policy_in_force(called(name, index), block, policy, asked_for=asked_for)
             for index, ((name, block), policy) in enumerate(
                 zip(self._modules.items(), named, strict=True)
             )
@@ -365,3 +364,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
 def called(name: str, index: int) -> str:
     """Returns what errors call a block: by its name, and by its index where that is another."""
     return name if name == str(index) else f"{name} at index {index}"
+
+
+def by_block(policy: Policy | list[Policy], n: int) -> list[Policy]:
+    """Returns a policy as a list with one entry for each of `n` blocks."""
+    return policy if isinstance(policy, list) else [policy] * n
