@@ -45,8 +45,8 @@ class Guard:
     def error(self) -> Tensor | None:
         """The largest error of the latest backward pass that rebuilt anything, if there was one.
 
-        It is relative to the largest value of the stream, or to that plus 1 if every sampled
-        value was 0; a tensor on the stream's device.
+        It is relative to the largest value that the stream had, or to 1 if all were 0; a tensor on
+        the stream's device.
         """
         if not self._errors:
             return None
@@ -67,7 +67,7 @@ class Guard:
             rebuilt: The rebuilt input, in the layout of the original.
             exact: Whether the chain computes exactly, so that nothing may be off.
         """
-        error = relative_error(drawn(rebuilt), kept, rebuilt)
+        error = relative_error(drawn(rebuilt), kept)
         backward_pass = torch._C._current_graph_task_id()
         if self._backward_pass != backward_pass:
             self._errors, self._backward_pass = [], backward_pass
@@ -108,7 +108,7 @@ class Probe(Guard):
         return torch.cat([x.flatten() for x in streams])
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
-        error = relative_error(self.sample(rebuilt, starts=True), kept, rebuilt)
+        error = relative_error(self.sample(rebuilt, starts=True), kept)
         self.errors.append((label, float(error), bound_for(rebuilt, exact=exact)))
 
     def report(self) -> str:
@@ -134,7 +134,10 @@ def has_values(x: Tensor) -> bool:
 
 
 def drawn(streams: Streams) -> Tensor:
-    """Returns the values at fixed random places of streams, which are dense."""
+    """Returns the values at fixed random places of streams, which are dense, and their extremes.
+
+    The extremes tell how large a stream is, and of any value that grew beyond it or is not finite.
+    """
     # A sample of both halves of a pair is as long as one of the whole.
     most = POSITIONS // len(streams)
     # In the order of memory, which for channels_last is not that of a view of the whole.
@@ -142,7 +145,8 @@ def drawn(streams: Streams) -> Tensor:
         x.as_strided((x.numel(),), (1,)).index_select(0, places(x.numel(), most, x.device))
         for x in streams
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    extremes = [end.view(1) for x in streams for end in torch.aminmax(real(x))]
+    return torch.cat((*parts, *extremes))
 
 
 @lru_cache(maxsize=256)
@@ -160,24 +164,23 @@ def places(size: int, most: int, device: torch.device) -> Tensor:
         return found.to(device)
 
 
-def relative_error(again: Tensor, before: Tensor, rebuilt: Streams) -> float | Tensor:
-    """Returns how far values are from what they were, relative to the largest of the stream.
+def relative_error(again: Tensor, before: Tensor) -> float | Tensor:
+    """Returns how far values are from what they were, relative to the largest of these.
 
     Returns:
-        A tensor on a GPU, for which nothing waits, and a number elsewhere; NaN if any value of
-        the rebuilt stream is infinite or NaN.
+        A tensor on a GPU, for which nothing waits, and a number elsewhere; infinite or NaN if any
+        value is.
     """
-    ranges = [torch.aminmax(real(x)) for x in (again - before, before, *rebuilt)]
+    ranges = [torch.aminmax(real(x)) for x in (again - before, before)]
     if before.is_cuda:
         maximum = torch.maximum
     else:
         # Numbers take a tenth of the time that tensors of one value do.
         ranges = [(low.item(), high.item()) for low, high in ranges]
         maximum = max
-    off, kept, *sizes = (maximum(-low, high) for low, high in ranges)
-    size = reduce(maximum, sizes, kept)
+    off, size = (maximum(-low, high) for low, high in ranges)
     # Zeros come back as rounding errors, whose size means nothing.
-    return off / (size + (kept == 0)) + sum(0 * each for each in sizes)
+    return off / (size + (size == 0))
 
 
 def real(x: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
         """How far the latest backward pass that rebuilt anything was from what had been.
 
         It is the largest error of 4096 values (of a smaller stream one in 16) at fixed random
-        places of the input of each stretch of rebuilt blocks, relative to the largest value of
-        what was rebuilt: a tensor on the stream's device, so that nothing waits for a GPU. Beyond
+        places of the input of each stretch of rebuilt blocks, and of its extremes, relative to its
+        largest value: a tensor on the stream's device, so that nothing waits for a GPU. Beyond
         what rounding explains, a :class:`revlib.DriftWarning` tells of it. 0 for an exact chain,
         and None before there was such a pass.
         """

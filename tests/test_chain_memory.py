@@ -13,7 +13,7 @@ from revlib.models import RevNet
 BATCH, CHANNELS, SIZE = 2, 8, 8
 STREAM = BATCH * CHANNELS * SIZE * SIZE * 4  # bytes, float32
 HALF = STREAM // 2
-GUARD = STREAM // 16  # at most, for the values of the input that the drift guard keeps
+GUARD = STREAM // 16 + 4 * 2 * 2  # at most: a 16th of the input, and the extremes of its halves
 
 
 def net() -> nn.Module:

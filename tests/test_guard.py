@@ -247,7 +247,7 @@ def test_a_sample_meets_every_row_of_every_dimension(shape, dense):
         dense = torch.channels_last_3d
     x = torch.arange(math.prod(shape)).view(shape).contiguous(memory_format=dense)
 
-    values = drawn((x,))
+    values = drawn((x,))[:-2]  # the extremes
 
     assert len(values) == min(4096, math.ceil(x.numel() / 16))
     for size, place in zip(shape, torch.unravel_index(values, shape), strict=True):
@@ -257,7 +257,7 @@ def test_a_sample_meets_every_row_of_every_dimension(shape, dense):
 def test_a_sample_of_both_halves_is_as_long_as_one_of_the_whole():
     whole = torch.randn(64, 4096)
 
-    assert len(drawn((whole,))) == len(drawn(tuple(whole.chunk(2)))) == 4096
+    assert len(drawn((whole,))) - 2 == len(drawn(tuple(whole.chunk(2)))) - 4 == 4096
 
 
 def test_the_places_of_a_sample_are_fixed_and_draw_no_number_of_the_callers():
@@ -426,10 +426,31 @@ def test_a_value_that_is_not_finite_is_told_of_wherever_it_is(device):
         chain(x)[:, 8:].sum().backward()
 
 
+UNSEEN = 4 * 5 + 2  # a place of a half of [64, 4] that is not sampled: [5, 2]
+assert UNSEEN not in places(256, 2048, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("direction", [-1, 1])
+def test_a_value_that_grew_where_no_place_is_sampled_is_drift_and_hides_none(direction, device):
+    class Growing(Off):
+        def backward_streams(self, outputs, gradients, evaluate):
+            (x1, x2), gradients = super().backward_streams(outputs, gradients, evaluate)
+            x2 = x2.clone()
+            x2.view(-1)[UNSEEN] = direction * 1e9
+            return (x1, x2), gradients
+
+    chain = ReversibleSequential(Growing(0.02, mlp(4))).to(device)
+    x = torch.randn(64, 8, device=device)
+
+    with pytest.warns(DriftWarning):
+        backward(chain, x)
+
+    assert chain.rebuild_error > 1e8
+
+
 def one_among_small_ones() -> Tensor:
     x = torch.full((64, 8), 1e-7)
-    x[5, 6] = 1.0
-    assert 4 * 5 + 2 not in places(256, 2048, torch.device("cpu"))  # of the second half
+    x[5, 4 + UNSEEN % 4] = 1.0
     return x
 
 
@@ -455,24 +476,23 @@ class OnGPU(Tensor):
 
 
 @pytest.mark.parametrize("before", [torch.zeros(9), torch.arange(-8.0, 1)], ids=["zeros", "some"])
-@pytest.mark.parametrize("rest", [0.5, 3e9, torch.inf, -torch.inf, torch.nan])
-def test_on_a_gpu_the_error_is_computed_as_elsewhere(before, rest):
-    again = before + 1e-3
-    rebuilt = (again[:4], torch.tensor([rest, 1.0]))
+@pytest.mark.parametrize("value", [0.5, 3e9, torch.inf, -torch.inf, torch.nan])
+def test_on_a_gpu_the_error_is_computed_as_elsewhere(before, value):
+    again = before.clone()
+    again[-1] = value
 
-    found = relative_error(again.as_subclass(OnGPU), before.as_subclass(OnGPU), rebuilt)
+    found = relative_error(again.as_subclass(OnGPU), before.as_subclass(OnGPU))
 
     assert isinstance(found, Tensor)
-    largest = max(1.0, rest, before.abs().max().item()) + (before.abs().max().item() == 0)
-    expected = 1e-3 / largest if math.isfinite(rest) else math.nan
-    for error in (found.item(), relative_error(again, before, rebuilt)):
-        torch.testing.assert_close(error, expected, equal_nan=True, rtol=1e-3, atol=0)
+    expected = abs(value) / (before.abs().max().item() or 1)
+    for error in (found.item(), relative_error(again, before)):
+        torch.testing.assert_close(error, expected, equal_nan=True)
 
 
 def test_large_values_in_half_precision_are_finite_on_a_gpu_too():
     half = torch.full((4,), 4e4, dtype=torch.half)
 
-    assert relative_error(half.as_subclass(OnGPU), half.as_subclass(OnGPU), (half, half)) == 0
+    assert relative_error(half.as_subclass(OnGPU), half.as_subclass(OnGPU)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.float, torch.double], ids=str)

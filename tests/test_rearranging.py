@@ -54,10 +54,11 @@ def test_a_chain_keeps_its_output_and_in_inverse_the_padded_stream_beside_it():
         return measure_step(lambda: run(x).sum().backward(), model=chain).saved.activations
 
     narrow, wide = 4 * 64 * 4, 4 * 64 * 8
-    # The drift guard keeps up to a 16th of each stretch's input.
-    assert wide < saved(chain, 4) <= wide + narrow // 16
+    # The drift guard keeps up to a 16th of each stretch's input, and the extremes of its halves.
+    extremes = 4 * 2 * 2
+    assert wide < saved(chain, 4) <= wide + narrow // 16 + extremes
     kept = narrow + wide
-    assert kept < saved(chain.inverse, 8) <= kept + kept // 16
+    assert kept < saved(chain.inverse, 8) <= kept + kept // 16 + 2 * extremes
 
 
 @pytest.mark.parametrize(
