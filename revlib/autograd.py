@@ -32,7 +32,6 @@ from revlib.streams import (
     enter,
     form_within,
     in_format,
-    in_order_of,
     leave,
     memory_format,
     settle,
@@ -45,7 +44,22 @@ Extras = tuple[Tensor | None, ...]
 
 
 class Leg(NamedTuple):
-    """One block of a chain, in the direction in which the chain runs it."""
+    """One block of a chain, in the direction in which the chain runs it.
+
+    Attributes:
+        block: The block.
+        label: What errors call it.
+        policy: How it gets its activations back.
+        is_anchor: Whether it begins with a fresh state of exact arithmetic, if it scales.
+        parameters: Those of the block and its sub-networks, each once.
+        whole: Whether it is called as a module, and not by its methods on streams.
+        is_exact: Whether it can be undone to the last bit in exact arithmetic.
+        form: The form in which it takes the stream.
+        run: Its method on streams.
+        run_backward: What undoes that and gives the gradients.
+        n_latents: How many latents it takes beside the stream.
+        rounds: Whether its output must be brought onto the grid.
+    """
 
     block: nn.Module
     label: str
@@ -130,6 +144,12 @@ def run_chain(
         latents: What the legs take beside the stream, the last of it first.
         exact: Whether to compute with exact arithmetic.
         guard: What compares rebuilt streams with what they were.
+
+    Returns:
+        What leaves the chain.
+
+    Raises:
+        OverflowError: On a CPU, if a value left the range of exact arithmetic.
     """
     streams, entry = enter(x)
     if context is not None and not isinstance(context, Tensor):
@@ -490,7 +510,7 @@ class BlockFunction(torch.autograd.Function):
         gradients, extra = _cut(gradients, node.form_out)
         gradients = convert(gradients, node.form_out, node.form)
         if ctx.order:
-            gradients = tuple(map(in_order_of, gradients, ctx.order))
+            gradients = settle(gradients, ctx.order)
         gradients = (*gradients, *extra)
         arithmetic = nullcontext()
         if tape.exact is not None:

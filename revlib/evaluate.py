@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from revlib.replay import (
     parts_of,
     rng_set,
     rng_states,
+    saved_tensors_hooks_off,
     tensors_set,
     writes_statistics_only,
 )
@@ -107,17 +109,26 @@ class Evaluate:
         needed = (*streams, self.context)
         versions = _versions(needed)
         args = (x,) if self.context is None else (x, self.context)
-        value = self._call(module, args if self.exact is None else tree_map(apart, args))
+        try:
+            value = self._call(module, args if self.exact is None else tree_map(apart, args))
+        except RuntimeError as error:
+            if "leaf Variable that requires grad is being used in an in-place" in str(error):
+                what = "input in place, or its context or a parameter"
+                raise RuntimeError(self._refusal(module, what)) from error
+            raise
         if _versions(needed) != versions:
             what = "context" if _versions(streams) == versions[: len(streams)] else "input"
-            raise RuntimeError(
-                f"{self.label}: {kind_of(module)} changed its {what} in place, but the stream and "
-                "the context of a block are still needed; make what it does to them first an "
-                "operation that is not in place (inplace=False)"
-            )
+            raise RuntimeError(self._refusal(module, f"{what} in place"))
         if in_anomaly_mode():
             check_finite(self.label, f"what {kind_of(module)} returned", value)
         return value
+
+    def _refusal(self, module: nn.Module, changed: str) -> str:
+        return (
+            f"{self.label}: {kind_of(module)} changed its {changed}, but the stream and the "
+            "context of a block are still needed; make what it does to them first an operation "
+            "that is not in place (inplace=False)"
+        )
 
     def weights(self, block: nn.Module) -> Streams:
         """Returns `block.weights()`: what the block computes with beside its streams."""
@@ -160,6 +171,22 @@ class Record(Evaluate):
     def __init__(self, context: Tensor | None, label: str, exact: Exact | None = None) -> None:
         super().__init__(context, label, exact)
         self.evaluations: list[Evaluation] = []
+
+    # Under autograd, as the second time, though its graph is dropped: where gradients are off,
+    # torch may take another kernel, and compiles another.
+
+    def __call__(self, module: nn.Module, x: Tensor | Streams) -> Any:
+        streams = tuple(map(_differentiable, (x,) if isinstance(x, Tensor) else x))
+        with torch.enable_grad(), saved_tensors_hooks_off():
+            value = super().__call__(module, streams[0] if isinstance(x, Tensor) else streams)
+        refuse = partial(_refuse_gradient, self.label, module)
+        for stream in streams:
+            stream.register_hook(refuse)
+        return _detached(value)
+
+    def weights(self, block: nn.Module) -> Streams:
+        with torch.enable_grad(), saved_tensors_hooks_off():
+            return _detached(super().weights(block))
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         parts = parts_of(owner_of(module))
@@ -294,7 +321,7 @@ class Replay(Evaluate):
 
         A value or a gradient may be None where there is nothing to differentiate.
         """
-        streams = tuple(_leaf(x).requires_grad_() for x in streams)
+        streams = tuple(map(_differentiable, streams))
         first = graph.sequence_number()
         with torch.enable_grad():
             values = function(streams, self)
@@ -476,6 +503,24 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     if torch.compiler.is_compiling():
         return []
     return [None if x is None or x.is_inference() else x._version for x in tensors]
+
+
+def _refuse_gradient(label: str, module: nn.Module, _: Tensor) -> None:
+    raise RuntimeError(
+        f"{label}: a loss depends on what {kind_of(module)} left beside its value, in an "
+        "attribute or a hook's hands, and the blocks before would miss its gradient; detach it, "
+        "or give the block policy='store'"
+    )
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):  # what tree_map would do, at a tenth of its cost
+        return value.detach()
+    return tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, value)
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 from revlib import functional, reference
 from revlib.dispatch import gradient_is_recorded
 from revlib.grid import ADDING_LIMIT, BITS, SCALING_LIMIT
-from revlib.streams import Streams, in_order_of, memory_format
+from revlib.streams import Streams, memory_format, settle
 
 # Where a state starts: in the middle of what a scaling draws from it, so that the first rounding
 # is up as often as down.
@@ -63,6 +63,10 @@ class Exact:
         dtype = streams[0].dtype
         if dtype.is_complex:
             raise TypeError(f"an exact chain takes real floating-point tensors; got {dtype}")
+        if streams[-1].dtype != dtype:
+            raise TypeError(
+                f"an exact chain takes a pair of one dtype; got {dtype} and {streams[-1].dtype}"
+            )
         wide = torch.promote_types(dtype, torch.float32)
         return cls(wide, None if wide == dtype else dtype)
 
@@ -176,7 +180,7 @@ class Exact:
         if scales:
             lowest, highest = reference.LOG_SCALES
             needs += f", log-scales from {lowest:.3f} to {highest:.2f}, and room in its state"
-            remedy += ", give this block policy='recompute' (it then starts with a fresh state)"
+            remedy += ", give this block policy='recompute' where its state is full"
         raise OverflowError(
             f"{label}: an exact chain needs {needs}; {remedy}, or build the chain with exact=False"
         )
@@ -283,7 +287,7 @@ class LayoutFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Streams:
-        return tuple(map(in_order_of, gradients, ctx.formats))
+        return settle(gradients, ctx.formats)
 
 
 class WatchFunction(torch.autograd.Function):

@@ -31,8 +31,10 @@ def can_look(x: Tensor) -> bool:
 
 
 def in_anomaly_mode() -> bool:
-    """Tells whether `torch.autograd.detect_anomaly` is in force, and values can be looked at."""
-    return not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
+    """Tells whether `torch.autograd.detect_anomaly` looks for NaN, and values can be looked at."""
+    if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
+        return False
+    return torch.is_anomaly_check_nan_enabled()
 
 
 def check_finite(label: str, what: str, values: object) -> None:

@@ -7,7 +7,7 @@ RNG state stay as the forward pass left them.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import NoneType
@@ -191,6 +191,24 @@ def autocast_off(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
+def saved_tensors_hooks_off() -> AbstractContextManager[None]:
+    """Keeps hooks on saved tensors from those of a graph that no backward will run through."""
+    hooks = []
+    while pair := torch._C._autograd._top_saved_tensors_default_hooks(False):
+        hooks.append(pair)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    return _hooks_put_back(hooks) if hooks else nullcontext()
+
+
+@contextmanager
+def _hooks_put_back(hooks: list[tuple[Callable, Callable]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for pair in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+
+
 def parts_of(module: nn.Module) -> list[nn.Module]:
     """Returns what `module.modules()` yields, several times as fast: it runs in every step."""
     found: dict[nn.Module, None] = {}
@@ -246,7 +264,7 @@ def differ(a: Tensor, b: Tensor) -> bool:
     return ctypes.string_at(a.data_ptr(), a.nbytes) != ctypes.string_at(b.data_ptr(), b.nbytes)
 
 
-def _setrng_states(device: torch.device, states: tuple[Tensor, ...]) -> None:
+def _set_rng_states(device: torch.device, states: tuple[Tensor, ...]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "mps":
         torch.mps.set_rng_state(states[1])
@@ -261,8 +279,8 @@ def rng_set(device: torch.device, states: tuple[Tensor, ...] | None) -> Iterator
         yield
         return
     now = rng_states(device)
-    _setrng_states(device, states)
+    _set_rng_states(device, states)
     try:
         yield
     finally:
-        _setrng_states(device, now)
+        _set_rng_states(device, now)

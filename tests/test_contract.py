@@ -977,6 +977,78 @@ def test_sub_network_that_edits_its_input_raises(policy, device):
         chain(*CASES["linear"].inputs(device))
 
 
+class Watched(nn.Module):
+    """A sub-network that leaves something beside its value, and says whether gradients are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.saw = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.saw.append(torch.is_grad_enabled() and x.requires_grad)
+        self.left = self.linear(x)
+        return self.left.tanh()
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
+def test_sub_networks_see_gradients_on_in_both_evaluations(policy, device):
+    chain = ReversibleSequential(AdditiveCoupling(mlp(3), Watched()), policy=policy).to(device)
+
+    chain(torch.randn(5, 6, device=device)).sum().backward()
+
+    assert chain[0].g.saw == [True] * (1 if policy == "store" else 2)
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+def test_a_loss_on_what_a_sub_network_leaves_beside_its_value_raises(policy, device):
+    chain = ReversibleSequential(AdditiveCoupling(mlp(3), Watched()), policy=policy).to(device)
+
+    loss = chain(torch.randn(5, 6, device=device)).sum() + chain[0].g.left.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"block 0 .* what Watched left beside its value"):
+        loss.backward()
+
+
+def test_a_sub_network_may_differentiate_on_its_own(device):
+    class Score(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = mlp(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x if x.requires_grad else x.detach().requires_grad_()
+                energy = self.energy(x).sum()
+                return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    chain = ReversibleSequential(*(coupling(lambda _: Score(), 3) for _ in range(3)))
+    chain.double().to(device)
+    stored = stored_twin(chain)
+
+    got = step(chain, CASES["linear"].inputs(device))
+
+    assert_same(got, step(stored, CASES["linear"].inputs(device)))
+
+
+def test_hooks_on_saved_tensors_do_not_meet_those_of_the_first_evaluation(device):
+    chain = ReversibleSequential(*(coupling(mlp, 3) for _ in range(3))).double().to(device)
+    (x,) = CASES["linear"].inputs(device)
+    shapes = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = chain(x)
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False)[0] is pack
+
+    activations = [shape for shape in shapes if len(shape) == 2 and shape[0] == len(x)]
+    assert activations == [tuple(y.shape)]  # the output; the others are parameters
+
+
 @pytest.mark.parametrize("policy", ["rebuild", "store", "recompute"])
 def test_sub_network_that_edits_the_context_raises(policy, device):
     class Conditioned(nn.Module):

@@ -217,6 +217,58 @@ def test_sub_networks_may_use_their_inputs_many_times(make, amp, device):
     assert_equal(step(chain, args, run(chain)), step(twin, twin_args, run(twin)))
 
 
+class Attention(nn.Module):
+    """Takes another path through PyTorch where gradients are off."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(features, 2, 2 * features, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Causal(nn.Module):
+    """Multiplies by a computed matrix: `@` takes another kernel where that requires grad."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tokens, tokens) / tokens**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight.tril() @ x).tanh()
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+@pytest.mark.parametrize(
+    "make", [lambda: Attention(8), lambda: Causal(24)], ids=["eval", "matmul"]
+)
+def test_kernels_that_only_run_without_gradients_are_not_taken(make, policy, device):
+    torch.manual_seed(0)
+    blocks = (AdditiveCoupling(make(), make(), split_dim=2) for _ in range(12))
+    chain = ReversibleSequential(*blocks, policy=policy, exact=True).to(device).eval()
+    x = torch.randn(4, 24, 16, device=device, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
+
+
+def test_a_chain_among_the_blocks_changes_nothing_of_it_if_halves_have_one_channel(device):
+    torch.manual_seed(0)
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+
+    inner = ReversibleSequential(AdditiveCoupling(net(), net()), exact=True)
+    blocks = revlib.SwapCoupling(net()), inner, revlib.SwapCoupling(net())
+    chain = ReversibleSequential(*blocks, policy=["rebuild", "recompute", "rebuild"], exact=True)
+    chain.to(device)
+    x = torch.randn(3, 2, 8, 8, device=device, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
+
+
 def deep(depth: int, **options: object) -> ReversibleSequential:
     torch.manual_seed(0)
 
@@ -681,6 +733,13 @@ def test_options_are_checked_and_shown():
 
     assert "exact=True" in repr(deep(1)) and "exact" not in repr(ReversibleSequential())
     assert deep(3)[1:].exact and not ReversibleSequential(coupling(mlp, 2))[:1].exact
+
+
+def test_a_pair_of_two_dtypes_is_refused():
+    chain = ReversibleSequential(revlib.SwapCoupling(nn.Tanh()), exact=True)
+
+    with pytest.raises(TypeError, match=r"takes a pair of one dtype; got .*32 and .*64"):
+        chain((torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.double)))
 
 
 def test_complex_streams_are_refused():

@@ -99,6 +99,17 @@ def test_drift_is_warned_of_and_the_block_is_found(device):
     assert found.startswith("block 3 (Off) is the first to drift: its rebuilt input is off by ")
 
 
+def test_find_drift_sees_small_values_drift_beside_a_large_one(device):
+    chain = with_drift(0.002, at=3).to(device)
+    x = torch.randn(64, 8, device=device)
+    x[5, 6] = 1e5
+
+    backward(chain, x)
+
+    assert chain.rebuild_error < 1e-3  # is relative to the large one
+    assert chain.find_drift(x).startswith("block 3 (Off) is the first to drift: ")
+
+
 def test_find_drift_says_so_where_nothing_drifts_and_leaves_no_trace(device):
     chain = CASES["dropout"].make(device)
     (x,) = CASES["dropout"].inputs(device)
@@ -330,7 +341,7 @@ def test_in_anomaly_mode_a_value_that_is_not_finite_raises_where_it_was_made(pol
     x = torch.randn(3, 8, device=device)
 
     with (
-        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        torch.autograd.set_detect_anomaly(True),
         pytest.raises(
             NonFiniteError,
             match=r"block 2 \(Addit.*\): what Poison returned is infinite or NaN in 1 of 12",
@@ -349,11 +360,18 @@ class Blow(InvertibleModule):
         return y / 1e30
 
 
+def test_anomaly_mode_that_is_told_not_to_look_for_nan_does_not(device):
+    chain = ReversibleSequential(AdditiveCoupling(Poison(mlp(4)), mlp(4))).to(device)
+
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        assert chain(torch.randn(3, 8, device=device)).isnan().any()
+
+
 def test_in_anomaly_mode_an_overflowing_stream_raises_where_it_was_made(device):
     chain = ReversibleSequential(Blow(), Blow(), coupling(mlp, 4)).to(device)
 
     with (
-        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        torch.autograd.set_detect_anomaly(True),
         pytest.raises(NonFiniteError, match=r"block 1 \(Blow\): what Blow returned is infinite"),
     ):
         chain(torch.ones(3, 8, device=device))
@@ -374,7 +392,7 @@ def test_in_anomaly_mode_a_gradient_that_is_not_finite_names_the_block(device):
             return BadGradient.apply(x)
 
     chain = ReversibleSequential(coupling(mlp, 4), AdditiveCoupling(Net(), mlp(4))).to(device)
-    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+    with torch.autograd.set_detect_anomaly(True):
         loss = chain(torch.randn(3, 8, device=device)).sum()
 
         with pytest.raises(NonFiniteError, match=r"block 1 .*: the gradient of its input is inf"):
@@ -570,7 +588,7 @@ def test_in_anomaly_mode_a_gradient_of_a_parameter_that_is_not_finite_names_the_
             return x * self.scale.sqrt()
 
     chain = ReversibleSequential(AdditiveCoupling(Root(), mlp(4))).to(device)
-    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+    with torch.autograd.set_detect_anomaly(True):
         loss = chain(torch.randn(3, 8, device=device)).sum()
 
         with pytest.raises(
