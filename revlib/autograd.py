@@ -436,7 +436,8 @@ class BlockFunction(torch.autograd.Function):
         leg, exact = node.leg, tape.exact
         arriving, others = _cut(tensors, node.form_in)
         latents, parameters = others[: leg.n_latents], others[leg.n_latents :]
-        evaluate = Record(context, leg.label, exact)
+        given = any(ctx.needs_input_grad[3 : 3 + len(arriving) + leg.n_latents])
+        evaluate = Record(context, leg.label, exact, requires_grad=given)
         entered = node.enter(arriving)
         arithmetic = nullcontext()
         if exact is not None:

@@ -112,7 +112,7 @@ class Evaluate:
         try:
             value = self._call(module, args if self.exact is None else tree_map(apart, args))
         except RuntimeError as error:
-            if "leaf Variable that requires grad is being used in an in-place" in str(error):
+            if "leaf Variable that requires grad" in str(error):
                 what = "input in place, or its context or a parameter"
                 raise RuntimeError(self._refusal(module, what)) from error
             raise
@@ -166,27 +166,58 @@ class Evaluate:
 
 
 class Record(Evaluate):
-    """Evaluates sub-networks for the first time and notes what a replay needs."""
+    """Evaluates sub-networks for the first time and notes what a replay needs.
 
-    def __init__(self, context: Tensor | None, label: str, exact: Exact | None = None) -> None:
+    In exact arithmetic under autograd, as the second time, though its graph is dropped: where
+    gradients are off torch may take another kernel, which rounds otherwise.
+
+    Args:
+        context: The conditioning input, or None.
+        label: What errors call the block.
+        exact: The exact arithmetic to compute with, or None for that of floats.
+        requires_grad: Whether a gradient goes to what the block is given.
+    """
+
+    def __init__(
+        self,
+        context: Tensor | None,
+        label: str,
+        exact: Exact | None = None,
+        *,
+        requires_grad: bool = False,
+    ) -> None:
         super().__init__(context, label, exact)
         self.evaluations: list[Evaluation] = []
-
-    # Under autograd, as the second time, though its graph is dropped: where gradients are off,
-    # torch may take another kernel, and compiles another.
+        self._requires_grad = requires_grad
 
     def __call__(self, module: nn.Module, x: Tensor | Streams) -> Any:
-        streams = tuple(map(_differentiable, (x,) if isinstance(x, Tensor) else x))
-        with torch.enable_grad(), saved_tensors_hooks_off():
-            value = super().__call__(module, streams[0] if isinstance(x, Tensor) else streams)
-        refuse = partial(_refuse_gradient, self.label, module)
-        for stream in streams:
-            stream.register_hook(refuse)
-        return _detached(value)
+        if self.exact is None:
+            return super().__call__(module, x)
+        x = tree_map(self._as_given, x)
+        value = self._under_autograd(super().__call__, module, x)
+        refuse = partial(_refuse_gradient, self.label, kind_of(module))
+        for stream in tree_leaves(x):
+            if isinstance(stream, Tensor) and stream.requires_grad:
+                stream.register_hook(refuse)
+        return value
 
     def weights(self, block: nn.Module) -> Streams:
+        if self.exact is None:
+            return super().weights(block)
+        return self._under_autograd(super().weights, block)
+
+    def _as_given(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().requires_grad_(self._requires_grad and x.is_floating_point())
+
+    def _under_autograd(self, call: Callable, *args: Any) -> Any:
         with torch.enable_grad(), saved_tensors_hooks_off():
-            return _detached(super().weights(block))
+            value = call(*args)
+        parts = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+        # What is computed with it next then requires grad as well.
+        self._requires_grad |= any(part.requires_grad for part in parts)
+        return tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, value)
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         parts = parts_of(owner_of(module))
@@ -321,7 +352,7 @@ class Replay(Evaluate):
 
         A value or a gradient may be None where there is nothing to differentiate.
         """
-        streams = tuple(map(_differentiable, streams))
+        streams = tuple(_leaf(x).requires_grad_() for x in streams)
         first = graph.sequence_number()
         with torch.enable_grad():
             values = function(streams, self)
@@ -505,22 +536,12 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     return [None if x is None or x.is_inference() else x._version for x in tensors]
 
 
-def _refuse_gradient(label: str, module: nn.Module, _: Tensor) -> None:
+def _refuse_gradient(label: str, kind: str, _: Tensor) -> None:
     raise RuntimeError(
-        f"{label}: a loss depends on what {kind_of(module)} left beside its value, in an "
+        f"{label}: a loss depends on what {kind} left beside its value, in an "
         "attribute or a hook's hands, and the blocks before would miss its gradient; detach it, "
         "or give the block policy='store'"
     )
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):  # what tree_map would do, at a tenth of its cost
-        return value.detach()
-    return tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, value)
-
-
-def _differentiable(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ class Probe(Guard):
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
         off = (self.sample(rebuilt, starts=True) - kept).abs().max()
-        # Of the mean, and not the largest as the guard's: large values must not hide small ones'.
-        size = kept.abs().mean()
+        # Not of the largest, as the guard's: a large value must not hide the drift of small ones.
+        size = kept.abs().square().mean().sqrt()
         error = (off / (size + (size == 0))).item()
         self.errors.append((label, error, bound_for(rebuilt, exact=exact)))
 
@@ -187,7 +187,7 @@ def real(x: Tensor) -> Tensor:
 
 
 def bound_for(streams: Streams, *, exact: bool) -> float:
-    """Returns the largest error that is no drift: what rounding alone stays below."""
+    """Returns the largest error that is taken for rounding, and not for drift."""
     return 0.0 if exact else 3 * epsilon(streams[0].dtype) ** 0.5
 
 

@@ -1,8 +1,10 @@
 """Exact chains: what backward rebuilds is what was, to the last bit, and so are the gradients."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -248,6 +250,77 @@ def test_kernels_that_only_run_without_gradients_are_not_taken(make, policy, dev
     blocks = (AdditiveCoupling(make(), make(), split_dim=2) for _ in range(12))
     chain = ReversibleSequential(*blocks, policy=policy, exact=True).to(device).eval()
     x = torch.randn(4, 24, 16, device=device, requires_grad=True)
+    twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
+
+    assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
+
+
+class Leaving(nn.Module):
+    """A sub-network that leaves something beside its value, and notes what requires grad."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, features)
+        self.saw = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.saw.append((torch.is_grad_enabled(), x.requires_grad))
+        self.left = self.linear(x)
+        return self.left.tanh()
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute", "store"])
+def test_the_first_evaluation_requires_grad_where_the_stored_one_would(policy, device):
+    chain = ReversibleSequential(coupling(Leaving, 4), policy=policy, exact=True).to(device)
+
+    chain(torch.randn(5, 8, device=device))
+
+    assert chain[0].f.saw == [(True, False)] and chain[0].g.saw == [(True, True)]
+
+
+@pytest.mark.parametrize("policy", ["rebuild", "recompute"])
+def test_a_loss_on_what_a_sub_network_leaves_beside_its_value_raises(policy, device):
+    chain = ReversibleSequential(coupling(Leaving, 4), policy=policy, exact=True).to(device)
+
+    loss = chain(torch.randn(5, 8, device=device)).sum() + chain[0].g.left.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"block 0 .* what Leaving left beside its value"):
+        loss.backward()
+
+
+def test_a_model_that_keeps_what_its_sub_networks_leave_is_freed():
+    chain = ReversibleSequential(coupling(Leaving, 4), exact=True)
+    chain(torch.randn(5, 8))
+    freed = weakref.ref(chain[0].g)
+
+    del chain
+    gc.collect()
+
+    assert freed() is None
+
+
+def test_blocks_may_give_sub_networks_whole_numbers(device):
+    class Embedded(AdditiveCoupling):
+        def forward_streams(self, streams, evaluate):
+            places = torch.arange(streams[0].shape[1], device=streams[0].device)
+            return super().forward_streams(
+                (evaluate.add(streams[0], evaluate(self.places, places).T), streams[1]), evaluate
+            )
+
+        def backward_streams(self, outputs, gradients, evaluate):
+            (x1, x2), (dx1, dx2) = super().backward_streams(outputs, gradients, evaluate)
+            places = torch.arange(x1.shape[1], device=x1.device)
+            update, pullback = evaluate.vjp_streams(
+                lambda _, evaluate: (evaluate(self.places, places).T,), ()
+            )
+            pullback((dx1,))
+            return (evaluate.subtract(x1, update[0]), x2), (dx1, dx2)
+
+    torch.manual_seed(0)
+    block = Embedded(mlp(4), mlp(4))
+    block.places = nn.Embedding(4, 5)
+    chain = ReversibleSequential(block, exact=True).to(device)
+    x = torch.randn(5, 8, device=device, requires_grad=True)
     twin, twin_x = stored(chain), x.detach().clone().requires_grad_()
 
     assert_equal(step(chain, (x,)), step(twin, (twin_x,)))
