@@ -193,10 +193,11 @@ class Record(Evaluate):
     def __call__(self, module: nn.Module, x: Tensor | Streams) -> Any:
         if self.exact is None:
             return super().__call__(module, x)
-        x = tree_map(self._as_given, x)
-        value = self._under_autograd(super().__call__, module, x)
+        streams = tuple(map(self._as_given, (x,) if isinstance(x, Tensor) else x))
+        given = streams[0] if isinstance(x, Tensor) else streams
+        value = self._under_autograd(super().__call__, module, given)
         refuse = partial(_refuse_gradient, self.label, kind_of(module))
-        for stream in tree_leaves(x):
+        for stream in streams:
             if isinstance(stream, Tensor) and stream.requires_grad:
                 stream.register_hook(refuse)
         return value
@@ -214,10 +215,16 @@ class Record(Evaluate):
     def _under_autograd(self, call: Callable, *args: Any) -> Any:
         with torch.enable_grad(), saved_tensors_hooks_off():
             value = call(*args)
-        parts = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
-        # What is computed with it next then requires grad as well.
-        self._requires_grad |= any(part.requires_grad for part in parts)
-        return tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, value)
+        return (
+            self._detached(value) if isinstance(value, Tensor) else tree_map(self._detached, value)
+        )
+
+    def _detached(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        # What is computed with it next requires grad as well, then.
+        self._requires_grad |= x.requires_grad
+        return x.detach()
 
     def _call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         parts = parts_of(owner_of(module))
