@@ -120,13 +120,16 @@ class Probe(Guard):
         for label, error, bound in self.errors:
             if not error <= bound:
                 return (
-                    f"{label} is the first to drift: its rebuilt input is off by {error:.1e} of "
-                    f"its mean size, and those of the blocks behind it by {worst:.1e} at most"
+                    f"{label} is the first to drift: its rebuilt input is off by {error:.1e} of its "
+                    f"root mean square, and those of the blocks behind it by {worst:.1e} at most"
                 )
             worst = max(worst, error)
         if not self.errors:
             return "nothing drifts: no block is rebuilt"
-        return f"nothing drifts: rebuilt inputs are off by {worst:.1e} of their mean size at most"
+        return (
+            f"nothing drifts: rebuilt inputs are off by {worst:.1e} of their root mean square "
+            "at most"
+        )
 
 
 def has_values(x: Tensor) -> bool:
