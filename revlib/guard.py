@@ -120,8 +120,8 @@ class Probe(Guard):
         for label, error, bound in self.errors:
             if not error <= bound:
                 return (
-                    f"{label} is the first to drift: its rebuilt input is off by {error:.1e} of its "
-                    f"root mean square, and those of the blocks behind it by {worst:.1e} at most"
+                    f"{label} is the first to drift: its rebuilt input is off by {error:.1e} of "
+                    f"its root mean square, and those of the blocks behind by {worst:.1e} at most"
                 )
             worst = max(worst, error)
         if not self.errors:
