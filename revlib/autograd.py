@@ -32,6 +32,7 @@ from revlib.streams import (
     enter,
     form_within,
     in_format,
+    in_order_of,
     leave,
     memory_format,
     settle,
@@ -511,7 +512,7 @@ class BlockFunction(torch.autograd.Function):
         gradients, extra = _cut(gradients, node.form_out)
         gradients = convert(gradients, node.form_out, node.form)
         if ctx.order:
-            gradients = settle(gradients, ctx.order)
+            gradients = tuple(map(in_order_of, gradients, ctx.order))
         gradients = (*gradients, *extra)
         arithmetic = nullcontext()
         if tape.exact is not None:

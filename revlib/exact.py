@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 from revlib import functional, reference
 from revlib.dispatch import gradient_is_recorded
 from revlib.grid import ADDING_LIMIT, BITS, SCALING_LIMIT
-from revlib.streams import Streams, memory_format, settle
+from revlib.streams import Streams, in_order_of, memory_format
 
 # Where a state starts: in the middle of what a scaling draws from it, so that the first rounding
 # is up as often as down.
@@ -287,7 +287,7 @@ class LayoutFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Streams:
-        return settle(gradients, ctx.formats)
+        return tuple(map(in_order_of, gradients, ctx.formats))
 
 
 class WatchFunction(torch.autograd.Function):

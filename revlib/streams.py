@@ -4,7 +4,6 @@ A stream is one tensor or a pair. Couplings work on pairs, so consecutive coupli
 the pair on as it is; only where the form changes is anything split or concatenated.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -70,17 +69,17 @@ def split(x: Tensor, dim: int) -> Streams:
     return x.chunk(2, dim)
 
 
-def settle(streams: Streams, formats: Sequence[torch.memory_format] | None = None) -> Streams:
-    """Gives every stream a dense layout: `formats`, or channels_last where the caller chose it.
+def settle(streams: Streams) -> Streams:
+    """Gives every stream a dense layout, keeping channels_last where the caller chose it.
 
     A kernel may round differently on a strided half and on its dense copy, so both
     evaluations of a sub-network must see the same layout.
     """
-    return tuple(map(_settled, streams, formats or map(memory_format, streams)))
+    return tuple([_settled(x) for x in streams])
 
 
-def _settled(x: Tensor, format: torch.memory_format) -> Tensor:
-    x = _restrided(in_format(x, format))
+def _settled(x: Tensor) -> Tensor:
+    x = _restrided(in_format(x, memory_format(x)))
     if torch.compiler.is_compiling():
         return x
     # Libraries also add in another order where memory does not begin at a boundary of vectors.
@@ -131,6 +130,11 @@ def in_layout(x: Tensor, layout: tuple[int, ...] | None) -> Tensor:
     if layout is None or x.stride() == layout or x.numel() == 0:
         return x
     return torch.empty_strided(x.shape, layout, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def in_order_of(x: Tensor, format: torch.memory_format) -> Tensor:
+    """Brings a tensor, or the half of one, into a memory format, if it is in another."""
+    return x if memory_format(x) == format else in_format(x, format)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
