@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib.autograd import Leg, run_chain, take_latents
@@ -25,7 +25,7 @@ def find_nonfinite(
     if not is_finite(*(t for t in tree_leaves((x, latents, context)) if t is not None)):
         return "what was put in is not finite"
     latents = list(latents)
-    legs = [leg._replace(block=deepcopy(leg.block)) for leg in legs]  # to leave buffers alone
+    legs = [leg._replace(block=copy_of(leg.block)) for leg in legs]  # to leave buffers alone
     # In an exact chain a block depends on what those before it left in the state, so they run as a
     # whole, which looks at its streams itself.
     parts = [legs] if exact else [[leg] for leg in legs]
@@ -59,8 +59,22 @@ def find_drift(
     """Runs legs forward and back, and says where what is rebuilt is first far from what it was."""
     probe = Probe()
     x, latents = tree_map(lambda t: t.detach().requires_grad_(), (x, tuple(latents)))
+    if context is not None:
+        context = context.detach().requires_grad_(context.requires_grad)
     with torch.enable_grad(), torch.random.fork_rng():
         outcome = run_chain(legs, x, context, latents, exact=exact, guard=probe)
-        leaving = [t for t in tree_leaves((outcome.stream, outcome.extras)) if t is not None]
-        sum(t.sum() for t in leaving).backward()
+        leaving = tree_leaves((outcome.stream, outcome.extras))
+        leaving = [t for t in leaving if t is not None and t.requires_grad]
+        torch.autograd.backward(leaving, list(map(torch.ones_like, leaving)))
     return probe.report()
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """Copies a module, and of tensors with a graph that it holds, as in attributes, the values."""
+    held = [
+        value
+        for part in module.modules()
+        for value in (*vars(part).values(), *part._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return deepcopy(module, {id(value): value.detach().clone() for value in held})

@@ -104,8 +104,10 @@ class Probe(Guard):
         super().__init__()
         self.errors: list[tuple[str, float, float]] = []
 
-    def sample(self, streams: Streams, *, starts: bool) -> Tensor:
-        return torch.cat([x.flatten() for x in streams])
+    def sample(self, streams: Streams, *, starts: bool) -> Tensor | None:
+        return (
+            torch.cat([x.flatten() for x in streams]) if any(map(torch.numel, streams)) else None
+        )
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
         off = (self.sample(rebuilt, starts=True) - kept).abs().max()
@@ -118,7 +120,12 @@ class Probe(Guard):
         """Says which block is the first one, from the end of the chain, to be off."""
         worst = 0.0
         for label, error, bound in self.errors:
-            if not error <= bound:
+            if not math.isfinite(error):
+                return (
+                    f"{label} is where a rebuilt input is infinite or NaN first, from the end on; "
+                    "look for the block that made it so with chain.find_nonfinite(x)"
+                )
+            if error > bound:
                 return (
                     f"{label} is the first to drift: its rebuilt input is off by {error:.1e} of "
                     f"its root mean square, and those of the blocks behind by {worst:.1e} at most"

@@ -3,14 +3,13 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
 from typing import Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from revlib.autograd import Leg, Outcome, Policy, make_leg, run_chain
-from revlib.diagnosis import find_drift, find_nonfinite
+from revlib.diagnosis import copy_of, find_drift, find_nonfinite
 from revlib.evaluate import kind_of
 from revlib.guard import Guard
 from revlib.invertible import InvertibleModule
@@ -151,7 +150,7 @@ class ReversibleSequential(nn.Sequential, InvertibleModule):
             context: The conditioning input, or None.
             inverse: Whether it was `inverse`.
         """
-        legs = deepcopy(self)._legs(inverse=inverse)[:: -1 if inverse else 1]
+        legs = copy_of(self)._legs(inverse=inverse)[:: -1 if inverse else 1]
         return find_drift(legs, x, context, exact=self.exact)
 
     def find_nonfinite(

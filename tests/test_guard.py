@@ -99,6 +99,51 @@ def test_drift_is_warned_of_and_the_block_is_found(device):
     assert found.startswith("block 3 (Off) is the first to drift: its rebuilt input is off by ")
 
 
+def test_find_drift_tells_numbers_that_are_not_finite_from_drift():
+    chain = ReversibleSequential(*(coupling(mlp, 4) for _ in range(4)))
+    with torch.no_grad():
+        chain[1].f[2].weight.fill_(torch.inf)
+
+    assert "is infinite or NaN first" in chain.find_drift(torch.randn(5, 8))
+
+
+@pytest.mark.parametrize("x", [torch.randn(0, 8), torch.randn(5, 8, dtype=torch.cfloat)])
+def test_find_drift_takes_what_a_chain_takes(x):
+    chain = ReversibleSequential(*(SwapCoupling(nn.Tanh()) for _ in range(4)))
+
+    assert chain.find_drift(x).startswith("nothing drifts: ")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_find_drift_and_find_nonfinite_copy_modules_that_hold_a_graph(exact):
+    class Leaving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.utils.spectral_norm(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.left = self.linear(x)
+            return self.left.tanh()
+
+    chain = ReversibleSequential(AdditiveCoupling(Leaving(), Leaving()), exact=exact)
+    x = torch.randn(5, 8)
+    backward(chain, x)
+    left = chain[0].f.left
+
+    assert chain.find_drift(x).startswith("nothing drifts: ")
+    assert chain.find_nonfinite(x).startswith("all blocks are finite")
+    assert chain[0].f.left is left
+
+
+def test_find_drift_leaves_the_gradient_of_the_context_alone(device):
+    chain = CASES["context"].make(device)
+    x, context = CASES["context"].inputs(device)
+
+    chain.find_drift(x, context)
+
+    assert context.requires_grad and context.grad is None
+
+
 def test_find_drift_sees_small_values_drift_beside_a_large_one(device):
     chain = with_drift(0.005, at=3).to(device)
     x = torch.randn(64, 8, device=device)

@@ -1,11 +1,9 @@
 """The chain of a flow: the engine of `ReversibleSequential`, with a log_det."""
 
-from copy import deepcopy
-
 from torch import Tensor, nn
 
 from revlib.autograd import Leg
-from revlib.diagnosis import find_drift, find_nonfinite
+from revlib.diagnosis import copy_of, find_drift, find_nonfinite
 from revlib.finite import NonFiniteError, is_known_nonfinite
 from revlib.flows.actnorm import refuse_sharded_start
 from revlib.flows.layer import FlowLayer, Latent, packed, zeros
@@ -81,7 +79,7 @@ class FlowSequential(ReversibleSequential, FlowLayer):
 
         As for :class:`revlib.ReversibleSequential`; `inverse` takes the tuple of latents.
         """
-        legs = deepcopy(self)._legs(inverse=inverse)[:: -1 if inverse else 1]
+        legs = copy_of(self)._legs(inverse=inverse)[:: -1 if inverse else 1]
         x, *latents = _unpacked(x, sum(leg.n_latents for leg in legs))
         return find_drift(legs, x, context, latents, exact=self.exact)
 
