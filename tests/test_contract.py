@@ -979,7 +979,8 @@ def test_sub_network_that_edits_its_input_raises(policy, exact, device):
         chain(*CASES["linear"].inputs(device))
 
 
-def test_a_sub_network_may_differentiate_on_its_own(device):
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_sub_network_may_differentiate_on_its_own(exact, device):
     class Score(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -992,8 +993,8 @@ def test_a_sub_network_may_differentiate_on_its_own(device):
                 return torch.autograd.grad(energy, x, create_graph=True)[0]
 
     torch.manual_seed(0)
-    chain = ReversibleSequential(*(coupling(lambda _: Score(), 3) for _ in range(3)))
-    chain.double().to(device)
+    blocks = (coupling(lambda _: Score(), 3) for _ in range(3))
+    chain = ReversibleSequential(*blocks, exact=exact).double().to(device)
     stored = stored_twin(chain)
 
     got = step(chain, CASES["linear"].inputs(device))
