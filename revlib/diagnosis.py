@@ -25,7 +25,8 @@ def find_nonfinite(
     if not is_finite(*(t for t in tree_leaves((x, latents, context)) if t is not None)):
         return "what was put in is not finite"
     latents = list(latents)
-    legs = [leg._replace(block=copy_of(leg.block)) for leg in legs]  # to leave buffers alone
+    blocks = copy_of(nn.ModuleList(leg.block for leg in legs))  # to leave buffers alone
+    legs = [leg._replace(block=block) for leg, block in zip(legs, blocks, strict=True)]
     # In an exact chain a block depends on what those before it left in the state, so they run as a
     # whole, which looks at its streams itself.
     parts = [legs] if exact else [[leg] for leg in legs]
@@ -70,11 +71,7 @@ def find_drift(
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """Copies a module, and of tensors with a graph that it holds, as in attributes, the values."""
-    held = [
-        value
-        for part in module.modules()
-        for value in (*vars(part).values(), *part._buffers.values())
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    """Copies a module; of tensors with a graph, which it may hold anywhere, only the values."""
+    held = (value for part in module.modules() for value in tree_leaves(vars(part)))
+    held = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
     return deepcopy(module, {id(value): value.detach().clone() for value in held})

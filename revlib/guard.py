@@ -110,10 +110,12 @@ class Probe(Guard):
         )
 
     def compare(self, label: str, kept: Tensor, rebuilt: Streams, *, exact: bool) -> None:
-        off = (self.sample(rebuilt, starts=True) - kept).abs().max()
+        again = self.sample(rebuilt, starts=True)
+        wide = torch.promote_types(kept.dtype, torch.float64)  # in which no square overflows
+        again, before = again.cpu().to(wide), kept.cpu().to(wide)
         # Not of the largest, as the guard's: a large value must not hide the drift of small ones.
-        size = kept.abs().square().mean().sqrt()
-        error = (off / (size + (size == 0))).item()
+        size = before.abs().square().mean().sqrt()
+        error = ((again - before).abs().max() / (size + (size == 0))).item()
         self.errors.append((label, error, bound_for(rebuilt, exact=exact)))
 
     def report(self) -> str:

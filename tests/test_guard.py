@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -114,6 +115,17 @@ def test_find_drift_takes_what_a_chain_takes(x):
     assert chain.find_drift(x).startswith("nothing drifts: ")
 
 
+@pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])
+def test_find_drift_is_relative_whatever_the_dtype_can_square(size):
+    chain = ReversibleSequential(Off(0.9, nn.Identity())).half()
+    x = torch.randn(64, 8).half() * size
+
+    found = chain.find_drift(x)
+
+    off = float(re.search(r"off by (\S+) of", found)[1])
+    assert found.startswith("block 0 (Off) is the first to drift") and 0.9 < off < 9
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_find_drift_and_find_nonfinite_copy_modules_that_hold_a_graph(exact):
     class Leaving(nn.Module):
@@ -123,6 +135,7 @@ def test_find_drift_and_find_nonfinite_copy_modules_that_hold_a_graph(exact):
 
         def forward(self, x: Tensor) -> Tensor:
             self.left = self.linear(x)
+            self.lefts = {"all": [self.left.exp()]}
             return self.left.tanh()
 
     chain = ReversibleSequential(AdditiveCoupling(Leaving(), Leaving()), exact=exact)
